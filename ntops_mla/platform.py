@@ -1,0 +1,346 @@
+"""What a platform is, and which ones there are.
+
+A platform is one file in `platforms/` that defines `PLATFORM`: how its devices are recognised, their limits, what may
+run on them in which dtype, its CI lane. The list of platforms is the list of those files, so a new accelerator is a
+new file and no other edit. Every number is a `Fact`: it carries its source, because most of them were read, not
+measured. Recognising and probing devices is in `devices.py`; its public names can be imported from here as well.
+
+>>> platform = get_platform("mthreads")             # an alias of "moore"
+>>> platform.gate("mla_decode", torch.float64).mode
+'reference'
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:  # at run time `__getattr__` below does this
+    from ntops_mla.devices import (
+        Detection,
+        DeviceInfo,
+        DeviceNotFoundError,
+        Presence,
+        best_device,
+        detect,
+        device_module,
+        find_device,
+        look_for,
+        probe,
+        synchronize,
+    )
+
+__all__ = [
+    "CILane",
+    "Detection",
+    "DeviceInfo",
+    "DeviceNotFoundError",
+    "Fact",
+    "Gate",
+    "LaunchOption",
+    "Limits",
+    "Markers",
+    "Platform",
+    "Presence",
+    "all_platforms",
+    "best_device",
+    "detect",
+    "device_module",
+    "find_device",
+    "get_platform",
+    "look_for",
+    "probe",
+    "register_platform",
+    "reset",
+    "synchronize",
+    "unregister_platform",
+]
+
+MODES = ("native", "float32", "reference")
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A number or a text, and where it comes from: repository:path, an issue, a vendor's document, "derived: ...".
+
+    `value` None means that nobody told: ask the driver.
+    """
+
+    value: int | float | str | None
+    source: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, str) or not self.source.strip():
+            raise ValueError(f"Fact({self.value!r}): source must say where this comes from, got {self.source!r}")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How an op takes a dtype: "native" (the kernel), "float32" (cast around the kernel), "reference" (PyTorch)."""
+
+    mode: str
+    reason: str
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"Gate: mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        if not isinstance(self.reason, str) or not self.reason.strip():
+            raise ValueError(f"Gate({self.mode!r}): reason must not be empty")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one architecture of a platform can hold. `min_capability` None: every capability of the platform."""
+
+    arch: str
+    min_capability: tuple[int, int] | None
+    shared_memory: Fact  # bytes a block can use
+    max_warps: Fact  # largest num_warps of a launch
+    lanes: Fact  # threads in a warp
+    triton_target: Fact | None = None  # "backend:arch", as Triton's driver names it
+    notes: tuple[Fact, ...] = ()
+
+    def __post_init__(self) -> None:
+        capability = self.min_capability
+        if capability is not None and not (
+            isinstance(capability, tuple) and len(capability) == 2 and all(isinstance(part, int) for part in capability)
+        ):
+            raise ValueError(
+                f"Limits({self.arch!r}): min_capability must be (major, minor) or None, got {capability!r}"
+            )
+        for name in ("shared_memory", "max_warps", "lanes"):
+            fact = getattr(self, name)
+            if not isinstance(fact, Fact):
+                raise TypeError(f"Limits({self.arch!r}): {name} must be a Fact, got {type(fact).__name__}")
+            if fact.value is not None and (not isinstance(fact.value, int) or fact.value <= 0):
+                raise ValueError(f"Limits({self.arch!r}): {name} must be positive or None, got {fact.value!r}")
+
+
+@dataclass(frozen=True)
+class Markers:
+    """How a device of the platform is recognised.
+
+    Platforms are asked by ascending `order`, and the first one with a marker that is there wins. `version_attributes`
+    are names in `torch.version`, `torch_attributes` names in `torch` (dots allowed), `device_names` parts of the
+    device's name, in any case. `device_type_decides`: no other platform uses this `torch.device` type.
+    `also_device_types`: further types under which its boards may appear; there, another of the marks is needed.
+    """
+
+    order: int
+    device_type: str
+    version_attributes: tuple[str, ...] = ()
+    torch_attributes: tuple[str, ...] = ()
+    device_names: tuple[str, ...] = ()
+    device_type_decides: bool = False
+    also_device_types: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("version_attributes", "torch_attributes", "device_names", "also_device_types"):
+            if not isinstance(getattr(self, name), tuple):  # a lone string would be walked letter by letter
+                raise TypeError(f"Markers: {name} must be a tuple, got {getattr(self, name)!r}")
+        named = self.version_attributes or self.torch_attributes or self.device_names
+        if not named and not self.device_type_decides:
+            raise ValueError(f"Markers: nothing tells a {self.device_type} device of this platform from another one")
+
+
+@dataclass(frozen=True)
+class LaunchOption:
+    """Something a platform's Triton takes beside num_warps and num_stages.
+
+    `kind` is "launch" (a keyword of the launch) or "environment" (a variable). `values` are those known, the first one
+    being the suggestion. Data only: an op that uses one says so.
+    """
+
+    name: str
+    values: tuple[str, ...]
+    kind: str
+    ops: tuple[str, ...]
+    source: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("launch", "environment"):
+            raise ValueError(f'LaunchOption({self.name!r}): kind must be "launch" or "environment", got {self.kind!r}')
+        if not self.source.strip():
+            raise ValueError(f"LaunchOption({self.name!r}): source must not be empty")
+
+
+@dataclass(frozen=True)
+class CILane:
+    """What a workflow needs to run the tests there. `platform` is the name InfiniTensor/ci uses, None: not one of its.
+
+    `setup` are shell commands before the tests; `notes` are what a person who adds a runner should know.
+    """
+
+    platform: str | None
+    runner: str
+    image: str | None
+    source: str
+    execution_mode: str = "agent_local"
+    setup: tuple[str, ...] = ()
+    notes: tuple[Fact, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.source.strip():
+            raise ValueError(f"CILane({self.runner!r}): source must not be empty")
+
+
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity: a platform exists once, and caches key on it
+class Platform:
+    """One accelerator family. `gates` maps an op or "*" to a mapping from a dtype's name or "*" to a `Gate`."""
+
+    name: str
+    title: str
+    aliases: tuple[str, ...]
+    markers: Markers
+    limits: tuple[Limits, ...]
+    gates: Mapping[str, Mapping[str, Gate]]
+    ci: CILane | None
+    extra_import: str | None = None  # the module that adds the device type to torch
+    triton_min: Fact | None = None
+    known_bad: tuple[Fact, ...] = ()
+    launch_options: tuple[LaunchOption, ...] = ()
+    notes: tuple[Fact, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        for text in (self.name, *self.aliases):
+            if not text or text != text.lower() or not text.replace("_", "").isalnum():
+                raise ValueError(f"platform {self.name!r}: names are lower-case letters and digits, got {text!r}")
+        if len({self.name, *self.aliases}) != 1 + len(self.aliases):
+            raise ValueError(f"platform {self.name!r}: duplicate alias in {self.aliases!r}")
+        _instances(self, "markers", (self.markers,), Markers)
+        for name, kind in (
+            ("limits", Limits), ("known_bad", Fact), ("notes", Fact), ("launch_options", LaunchOption),
+        ):  # fmt: skip
+            if not isinstance(getattr(self, name), tuple):
+                raise TypeError(
+                    f"platform {self.name!r}: {name} must be a tuple, got {type(getattr(self, name)).__name__}"
+                )
+            _instances(self, name, getattr(self, name), kind)
+        capabilities = [limits.min_capability for limits in self.limits]
+        if len(set(capabilities)) != len(capabilities):
+            raise ValueError(f"platform {self.name!r}: two limits begin at the same capability: {capabilities}")
+        for op, row in self.gates.items():
+            _instances(self, f"gates[{op!r}]", row.values(), Gate)
+        for dtype in {dtype for row in self.gates.values() for dtype in row} - {"*"}:
+            if not isinstance(getattr(torch, dtype, None), torch.dtype):
+                raise ValueError(f"platform {self.name!r}: gates name {dtype!r}, which is no torch dtype")
+        frozen = {op: MappingProxyType(dict(row)) for op, row in self.gates.items()}
+        object.__setattr__(self, "gates", MappingProxyType(frozen))
+
+    def gate(self, op: str, dtype: torch.dtype) -> Gate:
+        """The gate of `op` in `dtype`: the op's own row first, then the row "*", each by dtype, then by "*"."""
+        name = str(dtype).removeprefix("torch.")
+        for row in (self.gates.get(op, {}), self.gates.get("*", {})):
+            for key in (name, "*"):
+                if key in row:
+                    return row[key]
+        return Gate("reference", f"{self.title}: nothing is known about {op} in {name}")
+
+    def limits_for(self, capability: tuple[int, int] | None) -> Limits | None:
+        """The limits of the newest architecture that is not newer than `capability`; None: ask the driver."""
+        known = [
+            limits
+            for limits in self.limits
+            if limits.min_capability is None or (capability is not None and limits.min_capability <= tuple(capability))
+        ]
+        return max(known, key=lambda limits: limits.min_capability or (-1, -1), default=None)
+
+
+def _instances(platform: Platform, name: str, values: Iterable[object], kind: type) -> None:
+    for value in values:
+        if not isinstance(value, kind):
+            raise TypeError(f"platform {platform.name!r}: {name} needs {kind.__name__}, got {type(value).__name__}")
+
+
+_found: dict[str, Platform] | None = None  # from the folder, None until asked for
+_registered: dict[str, Platform] = {}  # by register_platform
+generation = 0  # grows with every change of the list; part of the key of whatever is cached about it
+
+
+def all_platforms() -> dict[str, Platform]:
+    """Every platform by name: the files of `ntops_mla.platforms`, by marker order, then the registered ones."""
+    global _found
+    if _found is None:
+        _found = _discover()
+    return {**_found, **_registered}
+
+
+def get_platform(name: str) -> Platform:
+    """The platform called `name`, which may be an alias, in any case."""
+    wanted = str(name).strip().lower()
+    for platform in all_platforms().values():
+        if wanted == platform.name or wanted in platform.aliases:
+            return platform
+    known = ", ".join(" = ".join((p.name, *p.aliases)) for p in all_platforms().values())
+    raise ValueError(f"unknown platform {name!r}; known: {known}")
+
+
+def register_platform(platform: Platform) -> None:
+    """Adds a platform that is not a file here. Its name and aliases must be new."""
+    if not isinstance(platform, Platform):
+        raise TypeError(f"register_platform: a Platform is needed, got {type(platform).__name__}")
+    _check_names([*all_platforms().values(), platform])
+    _registered[platform.name] = platform
+    _changed()
+
+
+def unregister_platform(name: str) -> None:
+    """Takes back what `register_platform` added."""
+    if name not in _registered:
+        raise ValueError(f"{name!r} was not registered; registered: {', '.join(_registered) or 'none'}")
+    del _registered[name]
+    _changed()
+
+
+def reset() -> None:
+    """Forgets what was discovered and detected; registered platforms stay."""
+    global _found
+    _found = None
+    _changed()
+
+
+def _changed() -> None:
+    global generation
+    generation += 1
+
+
+def _discover() -> dict[str, Platform]:
+    package = importlib.import_module("ntops_mla.platforms")  # a namespace package: the folder has no __init__.py
+    platforms = []
+    for module in pkgutil.iter_modules(package.__path__):
+        where = f"{getattr(module.module_finder, 'path', package.__name__)}/{module.name}.py"
+        try:
+            platform = importlib.import_module(f"{package.__name__}.{module.name}").PLATFORM
+        except Exception as error:
+            raise RuntimeError(f"platform file {where} is broken: {type(error).__name__}: {error}") from error
+        if not isinstance(platform, Platform):
+            raise RuntimeError(f"platform file {where}: PLATFORM must be a Platform, got {type(platform).__name__}")
+        if platform.name != module.name:
+            raise RuntimeError(f"platform file {where}: PLATFORM is called {platform.name!r}, not {module.name!r}")
+        platforms.append(platform)
+    if not platforms:
+        raise RuntimeError(f"no platform file in {', '.join(package.__path__) or package.__name__}")
+    _check_names(platforms)
+    return {platform.name: platform for platform in sorted(platforms, key=lambda p: (p.markers.order, p.name))}
+
+
+def _check_names(platforms: list[Platform]) -> None:
+    owners: dict[str, str] = {}
+    for platform in platforms:
+        for name in (platform.name, *platform.aliases):
+            if name in owners:
+                raise ValueError(f"{name!r} names two platforms: {owners[name]} and {platform.name}")
+            owners[name] = platform.name
+
+
+def __getattr__(name: str) -> object:
+    # `devices` imports this file, so it can only be asked for afterwards
+    if name in __all__:
+        return getattr(importlib.import_module("ntops_mla.devices"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,95 @@
+"""Iluvatar CoreX BI-V100, BI-V150 and MR-V100.
+
+Its torch shows the device type and `torch.version.cuda` of NVIDIA, so it is asked for before NVIDIA is;
+`torch.__version__` need not end in "+corex". Device float64 has been seen wrong: compute references on the CPU. Nothing
+below was tried on a board by this project.
+"""
+
+from ntops_mla.platform import CILane, Fact, Gate, LaunchOption, Limits, Markers, Platform
+
+_FLAGTREE = "flagos-ai/FlagTree:third_party/iluvatar/backend"
+_FLAGGEMS = "flagos-ai/FlagGems:src/flag_gems/runtime/backend/_iluvatar"
+_LEAD = "flagos-ai/FlagGems or flagos-ai/FlagGems-vllm, the vendor's own kernels; the exact line was not kept"
+_COMPUTES = "the kernel computes in float32 inside"
+_WRONG_DOT = Gate("reference", "some full-width float32 products were seen to be wrong on this platform")
+
+PLATFORM = Platform(
+    name="iluvatar",
+    title="Iluvatar CoreX",
+    aliases=("tianshu",),
+    markers=Markers(order=30, device_type="cuda", torch_attributes=("corex",), device_names=("Iluvatar",)),
+    limits=(
+        Limits(
+            arch="BI-V100, BI-V150, MR-V100",
+            min_capability=None,
+            shared_memory=Fact(None, "no public source was found: ask the driver"),
+            max_warps=Fact(16, f"{_FLAGGEMS}/tune_configs.yaml: the largest num_warps in use"),
+            lanes=Fact(64, f"{_FLAGTREE}/driver.py: get_current_target"),
+            triton_target=Fact(
+                "cuda:70 or cuda:71 (Triton 3.1), corex:71 (Triton 3.6)",
+                f"{_FLAGTREE}/driver.py: get_current_target",
+            ),
+            notes=(
+                Fact("peers' MLA decode tile: 32 heads, 64 keys, 8 warps, 1 stage", "flagos-ai/FlagGems-vllm"),
+                Fact("attention is run with 1 stage by peers", f"{_FLAGGEMS}/tune_configs.yaml"),
+            ),
+        ),
+    ),
+    gates={
+        "*": {
+            "float32": Gate("native", _COMPUTES),
+            "float16": Gate("native", _COMPUTES),
+            "bfloat16": Gate("native", _COMPUTES),
+            "float64": Gate(
+                "reference", "no float64 products in kernels, and float64 on the device was seen to be wrong"
+            ),
+            "*": Gate("reference", "no kernel takes this dtype"),
+        },
+        "mla_decode": {"float32": _WRONG_DOT},
+        "mla_prefill": {"float32": _WRONG_DOT},
+    },
+    triton_min=Fact("3.1", "flagos-ai/FlagGems:src/flag_gems/backends.yaml; CoreX 4.2 images hold 2.1, without exp2"),
+    known_bad=(
+        Fact("gather", f"{_FLAGGEMS}/ops/cholesky_solve.py"),
+        Fact("float64 arithmetic", f"{_FLAGGEMS}/ops/linalg_matrix_norm.py"),
+        Fact("copies of float64 to the host can be zero without an error", _LEAD),
+        Fact("some full-width float32 products", f"{_FLAGGEMS}/ops/cholesky_solve.py"),
+        Fact("sums of 512 elements with 8 warps", f"{_FLAGGEMS}/ops/linalg_matrix_norm.py"),
+        Fact("num_warps=1 in some shapes of RMSNorm", _LEAD),
+        Fact("a float16 or bfloat16 bitcast that is stored", _LEAD),
+        Fact("compiling takes long: no wide autotuning", "flagos-ai/FlagGems#4503"),
+        Fact("dot with M, N or K below 16, on forks of Triton 3.0 and 3.1", "triton-lang/triton 3.1: semantic.dot"),
+        Fact("tensor descriptors below Triton 3.3", "triton-lang/triton:python/triton/language/core.py"),
+    ),
+    launch_options=(
+        LaunchOption(
+            name="use_sme",
+            values=("1", "0"),
+            kind="launch",
+            ops=("mla_decode", "mla_prefill"),
+            source=f"{_FLAGTREE}/compiler.py: default 0; only the MR (71) supports it",
+        ),
+    ),
+    notes=(
+        Fact("torch.version.cuda is set, to '10.2'", "seen in public reports"),
+        Fact("a mismatched driver: device_count() above 0, is_available() False", "seen in public reports"),
+        Fact(
+            "the vendor's MLA: ixformer.inference.functions.vllm_paged_attention_mla",
+            "Deep-Spark/vllm",
+        ),
+    ),
+    ci=CILane(
+        platform="iluvatar",
+        runner="iluvatar",
+        image="corex:qs_pj20250825",
+        source="InfiniTensor/ci:config.yml and the callers' .github/ci_config.yml",
+        notes=(
+            Fact("PIP_CONSTRAINT holds torch at the image's version", "InfiniTensor/ci:images/iluvatar/Dockerfile"),
+            Fact("docker runs --privileged --pid=host --ipc=host with /dev mounted", "InfiniTensor/ci:config.yml"),
+            Fact(
+                "PATH, PYTHONPATH and LD_LIBRARY_PATH need /usr/local/corex",
+                "InfiniTensor/ci:images/iluvatar/Dockerfile",
+            ),
+        ),
+    ),
+)

@@ -1,0 +1,95 @@
+"""MetaX C500 and C550 (MACA).
+
+Its torch shows the device type and `torch.version.cuda` of NVIDIA, so it is asked for before NVIDIA is. Some shapes end
+the process inside the compiler, so a risky one has to be refused before the launch. Nothing below was tried on a board
+by this project.
+"""
+
+from ntops_mla.platform import CILane, Fact, Gate, LaunchOption, Limits, Markers, Platform
+
+_FLAGTREE = "flagos-ai/FlagTree:third_party/metax/backend"
+_FLAGGEMS = "flagos-ai/FlagGems:src/flag_gems/runtime/backend/_metax"
+_LEAD = "flagos-ai/FlagGems or flagos-ai/FlagGems-vllm, the vendor's own kernels; the exact line was not kept"
+_COMPUTES = "the kernel computes in float32 inside"
+
+PLATFORM = Platform(
+    name="metax",
+    title="MetaX",
+    aliases=("muxi",),
+    markers=Markers(order=20, device_type="cuda", version_attributes=("maca",), device_names=("MetaX", "MXC")),
+    limits=(
+        Limits(
+            arch="C500",
+            min_capability=None,  # one architecture so far
+            shared_memory=Fact(65536, "InternLM/lmdeploy#3495: 'Required 73728, limit 65536' on an MXC500"),
+            max_warps=Fact(8, f"{_FLAGGEMS}/heuristics_config_utils.py: 512 threads per block, 64 lanes"),
+            lanes=Fact(64, f"{_FLAGTREE}/driver.py: get_current_target"),
+            triton_target=Fact("maca:80", f"{_FLAGTREE}/driver.py: get_current_target"),
+            notes=(
+                Fact(
+                    "peers' MLA decode tiles (heads, keys, warps, stages): 16, 32, 8, 2 and 16, 16, 4, 1",
+                    "flagos-ai/FlagGems-vllm",
+                ),
+                Fact(
+                    "stages x keys x 576 x 2 bytes, and the queries if staged, must stay within 65536",
+                    "derived: InternLM/lmdeploy#3495, 73728 = 2 stages x 32 keys x 576 x 2 bytes",
+                ),
+            ),
+        ),
+    ),
+    gates={
+        "*": {
+            "float32": Gate("native", _COMPUTES),
+            "float16": Gate("native", _COMPUTES),
+            "bfloat16": Gate("native", _COMPUTES),
+            "float64": Gate("reference", "no float64 products in kernels on this platform"),
+            "*": Gate("reference", "no kernel takes this dtype"),
+        },
+    },
+    triton_min=Fact("3.0", "flagos-ai/FlagGems:src/flag_gems/backends.yaml"),
+    known_bad=(
+        Fact(
+            "cast from bool or an integer to bfloat16 or float16", f"{_FLAGGEMS}/ops/to_copy.py, ops/greater_equal.py"
+        ),
+        Fact("reductions over axis 0 of a two-dimensional tile", f"{_FLAGGEMS}/ops/linear_backward.py"),
+        Fact("float64 products", f"{_FLAGGEMS}/ops/cholesky_solve.py"),
+        Fact("kernels that spin while they wait", _LEAD),
+        Fact(
+            "M or N below 32 in addmm and bmm: an assertion in the compiler ends the process",
+            f"{_FLAGGEMS}/ops/bmm.py, ops/addmm.py",
+        ),
+        Fact("dot with M, N or K below 16, on forks of Triton 3.0 and 3.1", "triton-lang/triton 3.1: semantic.dot"),
+        Fact("tensor descriptors below Triton 3.3", "triton-lang/triton:python/triton/language/core.py"),
+    ),
+    launch_options=(
+        LaunchOption(
+            name="scenario",
+            values=("mla",),
+            kind="launch",
+            ops=("mla_decode",),
+            source=f"{_FLAGTREE}/compiler.py: read with num_stages 2 and pipeline cpasync or mixed",
+        ),
+        LaunchOption(
+            name="pipeline",
+            values=("cpasync", "basic"),
+            kind="launch",
+            ops=("mla_decode", "mla_prefill"),
+            source=f"{_FLAGTREE}/compiler.py: default basic",
+        ),
+    ),
+    notes=(
+        Fact("`import triton` (3.1) raises while MACA_PATH is unset", f"{_FLAGTREE}/driver.py"),
+        Fact("torch.version.cuda is set, to '11.6'", "MetaX-MACA's torch; seen in public reports"),
+        Fact("the vendor's MLA library: a flash_mla wheel, head size 576", "MetaX-MACA/FlashMLA"),
+    ),
+    ci=CILane(
+        platform="metax",
+        runner="Metax",
+        image="cr.metax-tech.com/public-library/maca-pytorch:3.2.1.4-torch2.4-py310-ubuntu22.04-amd64",
+        source="InfiniTensor/ci:config.yml and the callers' .github/ci_config.yml",
+        notes=(
+            Fact("PIP_CONSTRAINT holds torch at the image's version", "InfiniTensor/ci:images/metax/Dockerfile"),
+            Fact("docker runs --privileged, devices are picked by CUDA_VISIBLE_DEVICES", "InfiniTensor/ci:config.yml"),
+        ),
+    ),
+)

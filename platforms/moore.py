@@ -1,0 +1,99 @@
+"""Moore Threads MTT S4000 and S5000 (MUSA).
+
+The one platform here with a device type of its own. Under the vendor's `torchada` shim "cuda" in a program means
+"musa", but a tensor's `device.type` stays "musa" and `torch.cuda.is_available()` stays False. Nothing below was tried
+on a board by this project.
+"""
+
+from ntops_mla.platform import CILane, Fact, Gate, LaunchOption, Limits, Markers, Platform
+
+_FLAGTREE = "flagos-ai/FlagTree:third_party/mthreads/backend"
+_FLAGGEMS = "flagos-ai/FlagGems:src/flag_gems/runtime/backend/_mthreads"
+_LEAD = "flagos-ai/FlagGems or flagos-ai/FlagGems-vllm, the vendor's own kernels; the exact line was not kept"
+_COMPUTES = "the kernel computes in float32 inside"
+
+PLATFORM = Platform(
+    name="moore",
+    title="Moore Threads",
+    aliases=("mthreads",),
+    markers=Markers(
+        order=10,
+        device_type="musa",
+        version_attributes=("musa",),
+        device_type_decides=True,
+        also_device_types=("cuda",),  # what a program under a shim may call it
+    ),
+    limits=(
+        Limits(
+            arch="MTT S4000",
+            min_capability=(2, 2),
+            shared_memory=Fact(73728, f"{_FLAGTREE}/compiler.py: _max_static_shared_memory_from_arch, 22"),
+            max_warps=Fact(8, "derived: 1024 threads per block / 128 lanes"),
+            lanes=Fact(128, f"{_FLAGTREE}/driver.py: get_current_target, capability below 3.0"),
+            triton_target=Fact("musa:22", f"{_FLAGTREE}/driver.py: get_current_target"),
+        ),
+        Limits(
+            arch="MTT S5000",
+            min_capability=(3, 1),
+            shared_memory=Fact(196608, f"{_FLAGTREE}/compiler.py: _max_static_shared_memory_from_arch, 31"),
+            max_warps=Fact(16, f"{_FLAGGEMS}/tune_configs.yaml: the largest num_warps in use"),
+            lanes=Fact(32, f"{_FLAGTREE}/driver.py: get_current_target, capability above 2"),
+            triton_target=Fact("musa:31", f"{_FLAGTREE}/driver.py: get_current_target"),
+            notes=(
+                Fact("peers' MLA decode tile: 32 heads, 64 keys, 8 warps, 1 stage", "flagos-ai/FlagGems-vllm"),
+                Fact(
+                    "num_stages above 1 is ignored below capability 3.1 without descriptors", f"{_FLAGTREE}/compiler.py"
+                ),
+            ),
+        ),
+    ),
+    gates={
+        "*": {
+            "float32": Gate("native", _COMPUTES),
+            "float16": Gate("native", _COMPUTES),
+            "bfloat16": Gate("native", f"{_COMPUTES}; bfloat16 products need capability 2.2, which the S4000 has"),
+            "float64": Gate("reference", "no float64 arithmetic inside kernels on this platform"),
+            "*": Gate("reference", "no kernel takes this dtype"),
+        },
+    },
+    extra_import="torch_musa",  # torch >= 2.5 loads it by itself, through its entry point
+    triton_min=Fact("3.1", "flagos-ai/FlagGems:src/flag_gems/backends.yaml"),
+    known_bad=(
+        Fact("float16 and bfloat16 atomics", f"{_FLAGGEMS}/ops/histc.py"),
+        Fact("int64 and float64 arithmetic in kernels", f"{_FLAGGEMS}/ops/index_copy_.py, ops/median.py"),
+        Fact("a product of two dtypes, on Triton 3.2", _LEAD),
+        Fact("persistent kernels that spin", _LEAD),
+        Fact("dot with M, N or K below 16, on forks of Triton 3.0 and 3.1", "triton-lang/triton 3.1: semantic.dot"),
+        Fact("tensor descriptors below Triton 3.3", "triton-lang/triton:python/triton/language/core.py"),
+    ),
+    launch_options=(
+        LaunchOption(
+            name="MUSA_ENABLE_SQMMA",
+            values=("1",),
+            kind="environment",
+            ops=("mla_decode", "mla_prefill"),
+            source=f"{_FLAGTREE}/compiler.py; FlagTree's README: dot in float16 and bfloat16 can be faster with it",
+        ),
+    ),
+    notes=(
+        Fact("`torch.musa.current_stream().musa_stream` is the raw stream", "MooreThreads/torch_musa"),
+        Fact(
+            "torchada leaves device.type 'musa' and torch.cuda.is_available() False", "MooreThreads/torchada:README.md"
+        ),
+        Fact(
+            "the vendor's MLA library: flash_mla (MT-flashMLA), capability 3.1, pages of 64", "MooreThreads/MT-flashMLA"
+        ),
+    ),
+    ci=CILane(
+        platform="moore",
+        runner="Moore",
+        image="sh-harbor.mthreads.com/mcctest/vllm_musa:20251112",
+        source="InfiniTensor/ci:config.yml and the callers' .github/ci_config.yml",
+        notes=(
+            Fact("PIP_CONSTRAINT holds torch at the image's version", "InfiniTensor/ci:images/moore/Dockerfile"),
+            Fact(
+                "devices are picked by MTHREADS_VISIBLE_DEVICES, docker runs --privileged", "InfiniTensor/ci:config.yml"
+            ),
+        ),
+    ),
+)
