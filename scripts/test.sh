@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# bash scripts/test.sh: sets up .venv where needed, then checks the style and runs the tests.
+# bash scripts/test.sh ARGS...: pytest with ARGS alone; paths are relative to the repository's root.
+set -eu
+here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
+bash "$here/bootstrap.sh"
+cd "$here/.."
+python=.venv/bin/python
+if [ "$#" -gt 0 ]; then
+    exec "$python" -m pytest "$@"
+fi
+# Both checks, then the tests, even where one fails: one run tells everything.
+status=0
+"$python" -m ruff format --check --quiet . || { echo "style: run .venv/bin/python -m ruff format ."; status=1; }
+"$python" -m ruff check --quiet . || status=1
+"$python" -m pytest -q --durations=10 || status=$?
+exit "$status"

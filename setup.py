@@ -1,0 +1,59 @@
+"""Packaging. `kernels/` and `platforms/` stand at the root and are imported as `ntops_mla.kernels` and
+`ntops_mla.platforms`: mapped here for installs, and linked in `ntops_mla/` for checkouts and editable installs.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def version():
+    return re.search(r'__version__ = "([^"]+)"', (ROOT / "ntops_mla" / "version.py").read_text(encoding="utf-8"))[1]
+
+
+def requirements(name):
+    lines = (line.strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def readme():
+    path = ROOT / "README.md"
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+setup(
+    name="ntops_mla",
+    version=version(),
+    description="MLA and DSA attention from one NineToothed source for every accelerator that Triton reaches",
+    long_description=readme(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    # The two folders hold no __init__.py (kernels/README.md says why), so find_packages cannot see them.
+    packages=[
+        *find_packages(include=["ntops_mla", "ntops_mla.*"]),
+        "ntops_mla.kernels",
+        "ntops_mla.platforms",
+    ],
+    package_dir={"ntops_mla.kernels": "kernels", "ntops_mla.platforms": "platforms"},
+    # A folder without a file would not be installed at all; then `import ntops_mla.kernels` would fail.
+    package_data={"ntops_mla.kernels": ["README.md"]},
+    # Empty on purpose. The library needs torch and ninetoothed, but ninetoothed requires triton>=3.0.0: a plain
+    # `pip install ntops_mla` on a vendor's machine would put the public Triton over, or in front of, the vendor's own
+    # one, which may be older or called `flagtree`; and the vendor's torch may be a distribution of another name.
+    # Where nothing is preinstalled: `pip install ntops_mla[full]`. Elsewhere: scripts/bootstrap.py shows what to do.
+    install_requires=[],
+    extras_require={
+        "full": ["torch>=2.4", "ninetoothed"],
+        "checkpoint": ["safetensors"],
+        "test": requirements("requirements-test.txt"),
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
