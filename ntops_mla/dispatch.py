@@ -1,0 +1,322 @@
+"""The only place that chooses which implementation of an op runs, and that can say why.
+
+choose: explicit override -> platform known -> the platform's gate for (op, dtype) -> the op's `supports()` -> an
+earlier failure of this kernel here -> kernel. A choice is made once per (op, device, dtypes, sizes, override) and kept,
+so that a call pays a dictionary look-up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from ntops_mla import platform as platforms
+from ntops_mla.platform import Platform
+
+BACKENDS = ("auto", "kernel", "reference")
+
+# Distinct (op, device, dtypes, sizes, override) kept; beyond it the table starts anew. Sizes are those that decide
+# (heads, head sizes, page size), never lengths, so that a serving process stays far below.
+_MAX_DECISIONS = 4096
+
+
+class Choice(NamedTuple):
+    """Which implementation an op runs, and why: `backend` is "kernel" or "reference"."""
+
+    op: str
+    platform: str
+    backend: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.op}: {self.backend} on {self.platform} ({self.reason})"
+
+
+class BackendUnavailableError(RuntimeError):
+    """An explicit choice that cannot be honoured; the message holds every reason."""
+
+
+class StrictFallbackError(RuntimeError):
+    """Under NTOPS_MLA_STRICT=1: an op would fall back to PyTorch without having been asked to."""
+
+
+class KernelFallbackWarning(UserWarning):
+    """A kernel failed to compile or to fit and PyTorch runs in its place from now on."""
+
+
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity: it is part of the key of every call
+class OpSpec:
+    """What dispatch needs of an op.
+
+    `key(*args)` -> (dtypes, sizes): hashable, all that a choice may depend on. `supports(platform, dtypes, sizes)` ->
+    None or the reason why the kernel cannot take them. `kernel(platform, *args)` launches, None where there is no
+    kernel. `through_float32(kernel, platform, args)` runs it behind a `float32` gate where casting every argument will
+    not do.
+    """
+
+    name: str
+    key: Callable[..., tuple[tuple[torch.dtype, ...], tuple]]
+    reference: Callable[..., Any]
+    supports: Callable[[Platform, tuple, tuple], str | None]
+    kernel: Callable[..., Any] | None = None
+    through_float32: Callable[..., Any] | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What overrides the choice: backend auto | kernel | reference; strict; a platform's name instead of detection."""
+
+    backend: str = "auto"
+    strict: bool = False
+    platform: str | None = None
+
+    @classmethod
+    def from_environment(cls) -> Settings:
+        """Read NTOPS_MLA_BACKEND and NTOPS_MLA_STRICT; a value not understood is a ValueError.
+
+        NTOPS_MLA_PLATFORM is read where devices are recognised (devices.py), so that all ask the same.
+        """
+        backend = os.environ.get("NTOPS_MLA_BACKEND", "").strip().lower() or "auto"
+        if backend not in BACKENDS:
+            raise ValueError(f"NTOPS_MLA_BACKEND must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        strict = os.environ.get("NTOPS_MLA_STRICT", "").strip() or "0"
+        if strict not in ("0", "1"):
+            raise ValueError(f"NTOPS_MLA_STRICT must be 0 or 1, got {strict!r}")
+        return cls(backend, strict == "1")
+
+
+_override: ContextVar[Settings | None] = ContextVar("ntops_mla_settings", default=None)
+_environment: Settings | None = None
+_decisions: dict[tuple, _Decision] = {}
+_failures: dict[tuple, str] = {}
+_lock = threading.Lock()
+
+
+def settings() -> Settings:
+    """What is in force: the innermost `use`, else the environment (read at the first call; `reset` reads it again)."""
+    global _environment
+    override = _override.get()
+    if override is not None:
+        return override
+    if _environment is None:
+        _environment = Settings.from_environment()
+    return _environment
+
+
+@contextlib.contextmanager
+def use(backend: str | None = None, *, strict: bool | None = None, platform: str | None = None) -> Iterator[None]:
+    """Override the choice inside a `with` block: `with ntops_mla.use("reference"): ...`.
+
+    backend: "auto", "kernel" (an op whose kernel cannot run raises BackendUnavailableError) or "reference". strict: a
+    fallback that nobody asked for raises. platform: a name or alias instead of detection. None leaves a setting as it
+    is.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    new = settings()
+    if backend is not None:
+        new = replace(new, backend=backend)
+    if strict is not None:
+        new = replace(new, strict=bool(strict))
+    if platform is not None:
+        new = replace(new, platform=platforms.get_platform(platform).name)
+    token = _override.set(new)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def reset() -> None:
+    """Forget every choice and every remembered failure, and read the environment again at the next call."""
+    global _environment
+    with _lock:
+        _environment = None
+        _decisions.clear()
+        _failures.clear()
+
+
+class _Decision(NamedTuple):
+    choice: Choice
+    run: Callable[..., Any]
+
+
+def call(op: OpSpec, device: torch.device, args: tuple) -> Any:
+    """Run `op` on `args`, by the implementation that `choose` names."""
+    dtypes, sizes = op.key(*args)
+    key = (op, device, dtypes, sizes, _override.get() or _environment)
+    decision = _decisions.get(key)
+    if decision is None:
+        decision = _decide(op, device, dtypes, sizes)
+    return decision.run(*args)
+
+
+def explain(op: OpSpec, device: torch.device, args: tuple, platform: Platform | None = None) -> Choice:
+    """The choice for `args`, without running; `platform` pretends that the device belongs to it."""
+    dtypes, sizes = op.key(*args)
+    if platform is not None:
+        device = torch.device(platform.markers.device_type)
+        return _choose(op, platforms.Detection(platform, device, "pretended"), dtypes, sizes, settings())[0]
+    return _choose(op, _detect(device, settings()), dtypes, sizes, settings())[0]
+
+
+def _detect(device: torch.device, now: Settings) -> platforms.Detection:
+    if now.platform is not None:
+        return platforms.Detection(platforms.get_platform(now.platform), device, "named by use()")
+    return platforms.detect(device)
+
+
+def _choose(
+    op: OpSpec, detection: platforms.Detection, dtypes: tuple, sizes: tuple, now: Settings
+) -> tuple[Choice, str | None]:
+    """The choice and its gate's mode. An explicit "kernel" that cannot be honoured raises with all the reasons."""
+    name = "unknown" if detection.platform is None else detection.platform.name
+    if now.backend == "reference":
+        return Choice(op.name, name, "reference", "asked for: backend 'reference'"), "reference"
+    reasons, mode = _objections(op, detection, dtypes, sizes)
+    if not reasons:
+        reason = "the platform's kernel" if mode == "native" else "the platform's kernel, inputs cast to float32"
+        return Choice(op.name, name, "kernel", reason), mode
+    if now.backend == "kernel":
+        raise BackendUnavailableError(
+            f"{op.name}: the kernel was asked for (backend 'kernel') and cannot run on {name}: " + "; ".join(reasons)
+        )
+    choice = Choice(op.name, name, "reference", reasons[0])
+    if now.strict and mode != "reference":
+        raise StrictFallbackError(f"strict mode: {choice}")
+    return choice, mode
+
+
+def _objections(
+    op: OpSpec, detection: platforms.Detection, dtypes: tuple, sizes: tuple
+) -> tuple[list[str], str | None]:
+    """Every reason against the kernel, in the order of the rules, and the mode of the strictest gate met."""
+    platform, device = detection.platform, detection.device
+    if platform is None:
+        return [f"no platform file recognises this device: {detection.reason}"], None
+    reasons = []
+    markers = platform.markers
+    if device.type not in (markers.device_type, *markers.also_device_types):
+        reasons.append(f"tensors on {device.type}, where a kernel for {platform.name} cannot run ({detection.reason})")
+    modes = {}
+    for dtype in dtypes:
+        gate = platform.gate(op.name, dtype)
+        modes[gate.mode] = gate
+        if gate.mode == "reference":
+            reasons.append(f"gate of {platform.name} for {op.name} in {_name(dtype)}: {gate.reason}")
+    mode = next(mode for mode in ("reference", "float32", "native") if mode in modes)
+    if op.kernel is None:
+        reasons.append(f"no compiled kernel of {op.name} in this version")
+    unsupported = op.supports(platform, dtypes, sizes)
+    if unsupported is not None:
+        reasons.append(unsupported)
+    failure = _failures.get((op.name, platform.name, dtypes, sizes))
+    if failure is not None:
+        reasons.append(f"the kernel failed here before: {failure}")
+    return reasons, mode
+
+
+def _decide(op: OpSpec, device: torch.device, dtypes: tuple, sizes: tuple) -> _Decision:
+    now = settings()
+    detection = _detect(device, now)
+    choice, mode = _choose(op, detection, dtypes, sizes, now)
+    if choice.backend == "reference":
+        decision = _Decision(choice, op.reference)
+        return _remember((op, device, dtypes, sizes, now), decision)
+    launch = _Launch(op, detection.platform, dtypes, sizes, mode)
+    return _remember((op, device, dtypes, sizes, now), _Decision(choice, launch))
+
+
+def _remember(key: tuple, decision: _Decision) -> _Decision:
+    with _lock:
+        if len(_decisions) >= _MAX_DECISIONS:
+            _decisions.clear()
+        _decisions[key] = decision
+    return decision
+
+
+class _Launch:
+    """A kernel with its gate; a failure to compile or to fit is remembered, warned once, and falls back to PyTorch."""
+
+    def __init__(self, op: OpSpec, platform: Platform, dtypes: tuple, sizes: tuple, mode: str) -> None:
+        self._op, self._platform, self._mode = op, platform, mode
+        self._failure_key = (op.name, platform.name, dtypes, sizes)
+
+    def __call__(self, *args: Any) -> Any:
+        op = self._op
+        try:
+            if self._mode == "native":
+                return op.kernel(self._platform, *args)
+            through = op.through_float32 or _through_float32
+            return through(op.kernel, self._platform, args)
+        except Exception as error:
+            if _is_device_error(error):
+                raise
+            return self._fall_back(error, args)
+
+    def _fall_back(self, error: Exception, args: tuple) -> Any:
+        op, name = self._op, self._platform.name
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        with _lock:
+            known = self._failure_key in _failures
+            _failures[self._failure_key] = reason
+            _decisions.clear()
+        now = settings()
+        if now.backend == "kernel":
+            raise BackendUnavailableError(
+                f"{op.name}: the kernel was asked for and failed on {name}: {reason}"
+            ) from error
+        if now.strict:
+            raise StrictFallbackError(f"strict mode: {op.name}: the kernel failed on {name}: {reason}") from error
+        if not known:
+            warnings.warn(
+                f"the kernel of {op.name} failed on {name} and PyTorch runs in its place: {reason}",
+                KernelFallbackWarning,
+                stacklevel=2,
+            )
+        return op.reference(*args)
+
+
+def _through_float32(kernel: Callable[..., Any], platform: Platform, args: tuple) -> Any:
+    """The `float32` gate of an op that writes to none of its arguments: cast in, run, cast the value back.
+
+    An op's first result is its value; what follows (lse) is float32 by contract.
+    """
+    dtype = next(a.dtype for a in args if isinstance(a, torch.Tensor) and a.dtype in _NARROW)
+    out = kernel(platform, *(a.float() if isinstance(a, torch.Tensor) and a.dtype in _NARROW else a for a in args))
+    return (out[0].to(dtype), *out[1:]) if isinstance(out, tuple) else out.to(dtype)
+
+
+_NARROW = (torch.float16, torch.bfloat16)
+
+
+# What a device reports after the fact: memory faults, asserts, a lost board. Falling back would hide a wrong result.
+_DEVICE_ERROR = re.compile(
+    r"(?i:illegal memory access|device-side assert|unspecified launch failure|misaligned address|hardware exception|"
+    r"uncorrectable|illegal instruction)|\b[A-Z]{3,5} error\b"
+)
+
+
+def _is_device_error(error: Exception) -> bool:
+    # torch.AcceleratorError came with 2.8, torch.OutOfMemoryError with 2.5; before, both are RuntimeErrors with the
+    # message.
+    known = tuple(getattr(torch, name) for name in ("AcceleratorError", "OutOfMemoryError") if hasattr(torch, name))
+    return isinstance(error, (MemoryError, *known)) or _DEVICE_ERROR.search(str(error)) is not None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else "no message"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

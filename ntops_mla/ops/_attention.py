@@ -1,0 +1,94 @@
+"""Attention with its log-sum-exp in PyTorch, never holding all scores at once: the ground of both references."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+# Bytes that a reference may gather or expand at once, and elements of a mask or a score matrix.
+GATHER_BYTES = 256 << 20
+_SCORE_ELEMENTS = 16 << 20
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None = None,
+    causal: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(scale q k^T + mask) v -> (out `[B, H, Lq, Dv]` of q's dtype, lse float32 `[B, H, Lq]`, natural log).
+
+    q `[B, H, Lq, D]`, k `[B, H, Lk, D]`, v `[B, H, Lk, Dv]`, Lq and Lk at least 1 (PyTorch's CPU kernel divides by
+    them); mask additive, broadcast to `[B, H, Lq, Lk]`; causal: square, row i sees the first i + 1 keys. A row without
+    any visible key gives NaN: the caller replaces it.
+    """
+    if q.device.type == "cpu":
+        # The kernel behind scaled_dot_product_attention, which has the lse and wants one width for all three. Zero
+        # columns change no product, and padding is 1.7-1.9 times faster than the unfused path that unequal widths take.
+        width = max(q.shape[-1], v.shape[-1])
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            widen(q, width), widen(k, width), widen(v, width), 0.0, causal, attn_mask=mask, scale=scale
+        )
+        return out[..., : v.shape[-1]], lse.float()
+    return _attend_by_rows(q, k, v, scale, mask, causal)
+
+
+def _attend_by_rows(q, k, v, scale, mask, causal):
+    """The same from matrix products, a block of rows at a time, where no fused kernel returns the lse."""
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    # [B, H, D, Lk], [B, H, Lk, Dv]
+    kt, v = k.to(wide).transpose(-1, -2), v.to(wide)
+    batch, heads, rows, _ = q.shape
+    keys = k.shape[-2]
+    out = torch.empty(batch, heads, rows, v.shape[-1], dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=q.device)
+    step = max(1, _SCORE_ELEMENTS // (batch * heads * keys))
+    position = torch.arange(keys, device=q.device)
+    for start in range(0, rows, step):
+        block = slice(start, min(start + step, rows))
+        scores = torch.matmul(q[:, :, block].to(wide), kt) * scale
+        if mask is not None:
+            scores += mask if mask.shape[-2] == 1 else mask[..., block, :]
+        if causal:
+            hidden = position[None, :] > torch.arange(block.start, block.stop, device=q.device)[:, None]
+            scores.masked_fill_(hidden, float("-inf"))
+        total = torch.logsumexp(scores, -1)
+        out[:, :, block] = torch.matmul(scores.sub_(total[..., None]).exp_(), v)
+        lse[:, :, block] = total
+    return out, lse
+
+
+def widen(x: torch.Tensor, width: int) -> torch.Tensor:
+    """`x` `[..., D]` with zero columns up to `width`."""
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+
+
+def merge(
+    out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax over the union of two disjoint sets of keys: out `[..., D]`, float32, and lse `[...]` of each -> of both.
+
+    lse' = log(exp(lse_a) + exp(lse_b)), out' = out_a exp(lse_a - lse') + out_b exp(lse_b - lse'). An lse of -inf merges
+    as nothing; both -inf give out 0 and lse -inf. Source: arXiv 2205.14135, section 3.1.
+    """
+    total = torch.logaddexp(lse, other_lse)
+    empty = total == float("-inf")
+    weight = torch.where(empty, 0.0, (lse - total).exp())[..., None]
+    other_weight = torch.where(empty, 0.0, (other_lse - total).exp())[..., None]
+    return out * weight + other * other_weight, total
+
+
+def joined(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
+    """`[..., Da + Db]` as a view where `b`'s columns follow `a`'s in one storage, else None."""
+    width = a.shape[-1]
+    if (
+        a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+        and a.shape[:-1] == b.shape[:-1]
+        and a.stride() == b.stride()
+        and a.stride(-1) == 1
+        and b.storage_offset() == a.storage_offset() + width
+    ):
+        return a.as_strided((*a.shape[:-1], width + b.shape[-1]), a.stride(), a.storage_offset())
+    return None

@@ -1,0 +1,59 @@
+"""Argument checks shared by the ops: each names the argument, what came and what is allowed."""
+
+from __future__ import annotations
+
+import torch
+
+from ntops_mla.ops._op import FLOATS
+
+
+def tensor(op: str, name: str, value: object, shape: str, dims: int) -> None:
+    """`value` is a tensor of rank `dims`; `shape` is the text of what is expected."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor {shape}, got {type(value).__name__}")
+    if value.dim() != dims:
+        raise ValueError(f"{op}: {name} must be {shape}, got shape {list(value.shape)}")
+
+
+def size(op: str, name: str, value: torch.Tensor, dim: int, expected: int, shape: str) -> None:
+    """Dimension `dim` of `value` is `expected`."""
+    if value.shape[dim] != expected:
+        raise ValueError(
+            f"{op}: {name} must be {shape} with {expected} in dimension {dim}, got shape {list(value.shape)}"
+        )
+
+
+def dtype(op: str, name: str, value: torch.Tensor, allowed: tuple[torch.dtype, ...] = FLOATS) -> None:
+    """`value` has one of the allowed element types."""
+    if value.dtype not in allowed:
+        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise TypeError(f"{op}: {name} must be of {names}, got {value.dtype}")
+
+
+def same(op: str, first: str, a: torch.Tensor, *others: tuple[str, torch.Tensor]) -> None:
+    """All are on one device and of one element type."""
+    for name, b in others:
+        if b.dtype != a.dtype:
+            raise TypeError(f"{op}: {name} must have the dtype of {first}, {a.dtype}, got {b.dtype}")
+    same_device(op, first, a, *others)
+
+
+def same_device(op: str, first: str, a: torch.Tensor, *others: tuple[str, torch.Tensor]) -> None:
+    """All are on one device."""
+    for name, b in others:
+        if b.device != a.device:
+            raise ValueError(f"{op}: {name} must be on the device of {first}, {a.device}, got {b.device}")
+
+
+def number(op: str, name: str, value: object, *, positive: bool = False) -> None:
+    """`value` is a real number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+    if positive and not value > 0:
+        raise ValueError(f"{op}: {name} must be positive, got {value}")
+
+
+def page_size(op: str, name: str, value: int) -> None:
+    """`value` slots in a page: a power of two."""
+    if value <= 0 or value & (value - 1):
+        raise ValueError(f"{op}: {name} must have a page size that is a power of two, got {value}")

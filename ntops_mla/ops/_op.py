@@ -1,0 +1,106 @@
+"""How an op is made: registration with torch.library, dispatch, and `.explain`, `.reference` on the public function."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ntops_mla import dispatch
+from ntops_mla.dispatch import Choice
+from ntops_mla.platform import Platform
+
+_LIBRARY = torch.library.Library("ntops_mla", "FRAGMENT")
+_OPS: dict[str, Op] = {}
+
+# Element types an op takes; float64 runs the reference everywhere and is there for checks.
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class Op:
+    """One registered op: what `python -m ntops_mla ops | explain` and the tests ask.
+
+    check(*args) raises for bad arguments; key, supports, kernel: see `dispatch.OpSpec`; example(device, dtype, **sizes)
+    makes valid arguments.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        schema: str,
+        check: Callable[..., None],
+        fake: Callable[..., Any],
+        reference: Callable[..., Any],
+        key: Callable[..., tuple],
+        supports: Callable[..., str | None],
+        example: Callable[..., tuple],
+        kernel: Callable[..., Any] | None = None,
+        through_float32: Callable[..., Any] | None = None,
+    ) -> None:
+        self.name = function.__name__
+        self.function = function
+        self.schema = schema
+        self.signature = f"{self.name}{schema}"
+        self.doc = inspect.getdoc(function).splitlines()[0]
+        self.example = example
+        self._check = check
+        self._signature = inspect.signature(function)
+        self.spec = dispatch.OpSpec(self.name, key, reference, supports, kernel, through_float32)
+
+        defaults = tuple(p.default for p in self._signature.parameters.values())
+
+        # torch leaves trailing arguments out that equal the schema's defaults.
+        def run(*args):
+            args += defaults[len(args) :]
+            check(*args)
+            return dispatch.call(self.spec, args[0].device, args)
+
+        def run_fake(*args):
+            args += defaults[len(args) :]
+            check(*args)
+            return fake(*args)
+
+        _LIBRARY.define(f"{self.name}{schema}")
+        _LIBRARY.impl(self.name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"ntops_mla::{self.name}", run_fake, lib=_LIBRARY)
+
+    def explain(self, *args: Any, platform: Platform | None = None, **kwargs: Any) -> Choice:
+        """The `Choice` for these arguments, without running them; `platform` pretends that they are on it."""
+        args = self._bind(args, kwargs)
+        self._check(*args)
+        return dispatch.explain(self.spec, args[0].device, args, platform)
+
+    def reference(self, *args: Any, **kwargs: Any) -> Any:
+        """The PyTorch implementation, whatever the dispatcher would choose."""
+        args = self._bind(args, kwargs)
+        self._check(*args)
+        return self.spec.reference(*args)
+
+    def _bind(self, args: tuple, kwargs: dict) -> tuple:
+        bound = self._signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return bound.args
+
+
+def register(function: Callable[..., Any], **parts: Any) -> Callable[..., Any]:
+    """Register `function`, the public face of torch.ops.ntops_mla.<name>, and hang explain and reference on it."""
+    op = Op(function, **parts)
+    _OPS[op.name] = op
+    function.explain = op.explain
+    function.reference = op.reference
+    return function
+
+
+def names() -> tuple[str, ...]:
+    """The names of all ops."""
+    return tuple(_OPS)
+
+
+def get(name: str) -> Op:
+    """The op of that name; ValueError names those there are."""
+    if name not in _OPS:
+        raise ValueError(f"no op {name!r}; there are {', '.join(_OPS)}")
+    return _OPS[name]

@@ -1,0 +1,161 @@
+"""mla_prefill: expanded (multi-head) attention of whole prompts, packed without padding."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from ntops_mla.ops import _check
+from ntops_mla.ops._attention import attend
+from ntops_mla.ops._op import register
+from ntops_mla.platform import Platform
+
+# (query/key columns, value columns) that the kernel is written for.
+_HEAD_SIZES = ((192, 128), (256, 256))
+
+# Rows of a request with a past that share one mask: fewer rows waste less work above the diagonal, more rows give
+# longer products. The mask is this many rows by the keys that the last of them sees.
+_MASKED_ROWS = 128
+
+
+def mla_prefill(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    softmax_scale: float,
+    causal: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend within each request of a packed batch, every head with its own keys and values.
+
+    out[t, h] = softmax_j(softmax_scale q[t, h] . k[j, h]) v[j, h];  lse[h, t] = log sum_j exp(softmax_scale q[t, h] .
+    k[j, h])
+
+    q: `[T, H, Dqk]`. k: `[Tk, H, Dqk]`. v: `[Tk, H, Dv]` (192 and 128 in DeepSeek's models, 256 and 256 in GLM's), any
+    strides. cu_seqlens_q, cu_seqlens_k: int32 `[B + 1]`, rising from 0 to T and Tk. Causal: the diagonal is aligned at
+    the end of each request, row i of n sees the first n_k - n + 1 + i keys.
+
+    Returns out `[T, H, Dv]` of q's dtype (bfloat16, float16, float32; float64 by PyTorch) and lse float32 `[H, T]`,
+    natural logarithm. A row that sees no key: out 0, lse -inf. Raises TypeError or ValueError that names the argument.
+    Source: arXiv 2405.04434, section 2.1.2; Dao-AILab/flash-attention flash_attn_varlen_func.
+    """
+    return torch.ops.ntops_mla.mla_prefill(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal)
+
+
+def _check_args(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):
+    op = "mla_prefill"
+    _check.tensor(op, "q", q, "[T, H, Dqk]", 3)
+    _check.dtype(op, "q", q)
+    _check.tensor(op, "k", k, "[Tk, H, Dqk]", 3)
+    if k.shape[1:] != q.shape[1:]:
+        raise ValueError(f"{op}: k must be [Tk, H, Dqk] with q's {list(q.shape[1:])}, got shape {list(k.shape)}")
+    _check.tensor(op, "v", v, "[Tk, H, Dv]", 3)
+    if v.shape[:2] != k.shape[:2]:
+        raise ValueError(f"{op}: v must be [Tk, H, Dv] with k's {list(k.shape[:2])}, got shape {list(v.shape)}")
+    _check.same(op, "q", q, ("k", k), ("v", v))
+    for name, value in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        _check.tensor(op, name, value, "[B + 1]", 1)
+        _check.dtype(op, name, value, (torch.int32,))
+    if cu_seqlens_q.shape != cu_seqlens_k.shape or cu_seqlens_q.shape[0] < 1:
+        raise ValueError(
+            f"{op}: cu_seqlens_q and cu_seqlens_k must both be [B + 1], got {list(cu_seqlens_q.shape)} and "
+            f"{list(cu_seqlens_k.shape)}"
+        )
+    _check.same_device(op, "q", q, ("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k))
+    _check.number(op, "softmax_scale", softmax_scale)
+
+
+def _bounds(name: str, cu_seqlens: torch.Tensor, total: int) -> list[int]:
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != total or any(b < a for a, b in itertools.pairwise(bounds)):
+        raise ValueError(f"mla_prefill: {name} must rise from 0 to {total}, got {bounds}")
+    return bounds
+
+
+def _reference(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):
+    starts = _bounds("cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    key_starts = _bounds("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    out = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device)
+    lse = torch.full((q.shape[1], q.shape[0]), float("-inf"), device=q.device)
+    # [1, H, tokens, D]
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    for b in range(len(starts) - 1):
+        key = key_starts[b]
+        past = key_starts[b + 1] - key - (starts[b + 1] - starts[b])
+        for start, end, seen, mode in _blocks(starts[b], starts[b + 1], key_starts[b + 1] - key, past, causal):
+            keys = slice(key, key + seen)
+            mask = _diagonal(end - start, seen, q) if mode == "mask" else None
+            square = mode == "square"
+            part, part_lse = attend(q[:, :, start:end], k[:, :, keys], v[:, :, keys], softmax_scale, mask, square)
+            out[start:end] = part[0].transpose(0, 1)
+            lse[:, start:end] = part_lse[0]
+    return out, lse
+
+
+def _blocks(start: int, end: int, keys: int, past: int, causal: bool):
+    """(first row, end row, keys seen, full | square | mask) of the calls that cover a request's rows with a key."""
+    if causal and past < 0:
+        start, past = start - past, 0  # the first rows lie above the diagonal and see nothing
+    if start >= end or keys == 0:
+        return
+    if not causal:
+        yield start, end, keys, "full"
+    elif past == 0:
+        yield start, end, keys, "square"
+    else:
+        for row in range(start, end, _MASKED_ROWS):
+            stop = min(row + _MASKED_ROWS, end)
+            # One row sees exactly the keys up to itself.
+            yield row, stop, past + stop - start, "full" if stop - row == 1 else "mask"
+
+
+def _diagonal(rows: int, keys: int, like: torch.Tensor) -> torch.Tensor:
+    """Additive `[1, 1, rows, keys]` mask whose diagonal ends in the last corner."""
+    hidden = torch.ones(rows, keys, dtype=torch.bool, device=like.device).triu_(keys - rows + 1)
+    return torch.zeros(1, 1, rows, keys, dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))
+
+
+def _fake(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):
+    out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device)
+    return out, torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+
+
+def _key(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):
+    return (q.dtype,), (q.shape[2], v.shape[2], q.shape[1], causal)
+
+
+def _supports(platform: Platform, dtypes: tuple, sizes: tuple) -> str | None:
+    if sizes[:2] not in _HEAD_SIZES:
+        allowed = " or ".join(f"{d} / {v}" for d, v in _HEAD_SIZES)
+        return f"expanded heads of {sizes[0]} / {sizes[1]} columns; the kernel takes {allowed}"
+    return None
+
+
+def _example(device="cpu", dtype=torch.bfloat16, *, tokens=4, heads=16, rope=64, nope=128, v=128, **_):
+    cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=device)
+    return (
+        torch.randn(tokens, heads, nope + rope, device=device, dtype=dtype),
+        torch.randn(tokens, heads, nope + rope, device=device, dtype=dtype),
+        torch.randn(tokens, heads, v, device=device, dtype=dtype),
+        cu_seqlens,
+        cu_seqlens.clone(),
+        (nope + rope) ** -0.5,
+        True,
+    )
+
+
+register(
+    mla_prefill,
+    schema=(
+        "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float softmax_scale, "
+        "bool causal=True) -> (Tensor, Tensor)"
+    ),
+    check=_check_args,
+    fake=_fake,
+    reference=_reference,
+    key=_key,
+    supports=_supports,
+    example=_example,
+)
