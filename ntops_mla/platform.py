@@ -203,6 +203,8 @@ class Platform:
     ci: CILane | None
     extra_import: str | None = None  # the module that adds the device type to torch
     triton_min: Fact | None = None
+    # How much longer a FLOP of attention takes than one of a projection: absorbed and expanded form are weighed by it.
+    attention_flop_cost: Fact = Fact(1, "derived: both at the same rate, as on paper")
     known_bad: tuple[Fact, ...] = ()
     launch_options: tuple[LaunchOption, ...] = ()
     notes: tuple[Fact, ...] = field(default=(), repr=False)

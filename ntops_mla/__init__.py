@@ -1,0 +1,33 @@
+"""DeepSeek's Multi-head Latent Attention from one NineToothed source for every accelerator that Triton reaches."""
+
+from ntops_mla._torch_version import require_torch
+
+require_torch()
+
+from ntops_mla import ops  # noqa: E402
+from ntops_mla.cache import CacheFull, LatentCache, Step  # noqa: E402
+from ntops_mla.config import MLAConfig  # noqa: E402
+from ntops_mla.dispatch import (  # noqa: E402
+    BackendUnavailableError,
+    Choice,
+    KernelFallbackWarning,
+    StrictFallbackError,
+    use,
+)
+from ntops_mla.modules import MLA  # noqa: E402
+from ntops_mla.version import __version__  # noqa: E402
+
+__all__ = [
+    "MLA",
+    "BackendUnavailableError",
+    "CacheFull",
+    "Choice",
+    "KernelFallbackWarning",
+    "LatentCache",
+    "MLAConfig",
+    "Step",
+    "StrictFallbackError",
+    "__version__",
+    "ops",
+    "use",
+]

@@ -1,0 +1,319 @@
+"""MLA: one Multi-head Latent Attention layer over packed requests and a paged latent cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ntops_mla import checkpoint, ops
+from ntops_mla.cache import Step
+from ntops_mla.config import MLAConfig
+from ntops_mla.modules.rope_rows import permute_rope_rows
+from ntops_mla.ops._attention import merge
+from ntops_mla.plan import AbsorbedGroup, Plan
+
+
+class MLA(nn.Module):
+    """Multi-head Latent Attention: hidden states of all requests, packed, in; attention output out.
+
+    kv_a = x W_kv_a;  cache <- [rms_norm(kv_a[:C]), rope(kv_a[C:])]
+    q = x W_q, or rms_norm(x W_q_a) W_q_b; the last R columns of every head rotated
+    absorbed form: o = mla_decode(q_nope W_UK, q_pe, cache) W_UV
+    expanded form: k, v = cache W_kv_b;  o = mla_prefill(q, k, v)
+    out = o W_o;  the form is chosen per request, by cost
+
+    Parameters bear Hugging Face's names: q_proj, or q_a_proj, q_a_layernorm, q_b_proj; kv_a_proj_with_mqa,
+    kv_a_layernorm, kv_b_proj, o_proj. `state_dict` and `load_state_dict` keep the checkpoint's order of RoPE rows, also
+    where `cfg.rope_interleave` is False; the parameters themselves are in pairs. Inference only: no gradient is
+    recorded.
+
+    Source: arXiv 2405.04434, section 2.1; transformers models/deepseek_v3; deepseek-ai/DeepSeek-V3 inference/model.py.
+    """
+
+    def __init__(
+        self,
+        cfg: MLAConfig,
+        layer_idx: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(cfg, MLAConfig):
+            raise TypeError(f"cfg must be an MLAConfig, got {type(cfg).__name__}")
+        if isinstance(layer_idx, bool) or not isinstance(layer_idx, int):
+            raise TypeError(f"layer_idx must be an int, got {layer_idx!r}")
+        if layer_idx < 0:
+            raise ValueError(f"layer_idx must not be negative, got {layer_idx}")
+        self.cfg = cfg
+        self.layer_idx = layer_idx
+        made = {"device": device, "dtype": dtype}
+        bias = cfg.attention_bias
+        heads = cfg.num_heads
+        if cfg.q_lora_rank is None:
+            self.q_proj = nn.Linear(cfg.hidden_size, heads * cfg.qk_head_dim, bias=False, **made)
+        else:
+            self.q_a_proj = nn.Linear(cfg.hidden_size, cfg.q_lora_rank, bias=bias, **made)
+            self.q_a_layernorm = nn.RMSNorm(cfg.q_lora_rank, eps=cfg.rms_norm_eps, **made)
+            self.q_b_proj = nn.Linear(cfg.q_lora_rank, heads * cfg.qk_head_dim, bias=False, **made)
+        self.kv_a_proj_with_mqa = nn.Linear(cfg.hidden_size, cfg.latent_dim, bias=bias, **made)
+        self.kv_a_layernorm = nn.RMSNorm(cfg.kv_lora_rank, eps=cfg.rms_norm_eps, **made)
+        self.kv_b_proj = nn.Linear(
+            cfg.kv_lora_rank, heads * (cfg.qk_nope_head_dim + cfg.v_head_dim), bias=False, **made
+        )
+        self.o_proj = nn.Linear(heads * cfg.v_head_dim, cfg.hidden_size, bias=bias, **made)
+        # (key, W_UK, W_UV): contiguous copies of kv_b_proj's halves, made when first needed and when the weight has
+        # changed.
+        self._absorption: tuple | None = None
+        if not cfg.rope_interleave:
+            self._register_state_dict_hook(_to_checkpoint_order)
+        self._join_projections()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        layer: int = 0,
+        *,
+        layer_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> MLA:
+        """Load one layer's attention out of a Hugging Face directory (sharded or not, bfloat16 or FP8 with scales).
+
+        layer: the checkpoint's; layer_idx: the cache's, the same unless given. dtype: the checkpoint's unless given
+        (FP8: bfloat16). Raises FileNotFoundError (directory, config.json, shard), KeyError (tensor), ValueError (layer,
+        config).
+        """
+        cfg = MLAConfig.from_pretrained(path)
+        weights = checkpoint.load_attention(path, layer, dtype)
+        dtype = weights["kv_b_proj.weight"].dtype if dtype is None else dtype
+        mla = cls(cfg, layer if layer_idx is None else layer_idx, device="meta", dtype=dtype)
+        mla.to_empty(device=torch.get_default_device() if device is None else device)
+        checkpoint.check_weights(weights, mla, path, layer)
+        mla.load_state_dict(weights)
+        return mla.requires_grad_(False)
+
+    @classmethod
+    def from_module(cls, attention: nn.Module) -> MLA:
+        """Build from a transformers attention (DeepseekV2Attention, DeepseekV3Attention, ...), sharing its weights.
+
+        Where the module rotates halves, q and kv_a are permuted copies. Raises ValueError where it is not an MLA.
+        """
+        if not isinstance(attention, nn.Module) or not hasattr(attention, "kv_a_proj_with_mqa"):
+            raise ValueError(f"attention must be a transformers MLA attention, got {type(attention).__name__}")
+        cfg = MLAConfig.from_dict(attention.config.to_dict())
+        norm = attention.kv_a_layernorm
+        cfg = dataclasses.replace(cfg, rms_norm_eps=getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-6)))
+        scale = getattr(attention, "scaling", cfg.softmax_scale)
+        if abs(scale - cfg.softmax_scale) > 1e-6:
+            raise ValueError(f"attention scales its scores by {scale}, its config says {cfg.softmax_scale}")
+        mla = cls(cfg, attention.layer_idx or 0, device="meta")
+        for name, child in mla.named_children():
+            source = getattr(attention, name)
+            for key in dict(child.named_parameters()):
+                parameter = getattr(source, key)
+                permuted = None if cfg.rope_interleave else permute_rope_rows(cfg, f"{name}.{key}", parameter.detach())
+                setattr(child, key, parameter if permuted is None else nn.Parameter(permuted, requires_grad=False))
+        return mla.train(attention.training)
+
+    @torch.no_grad()
+    def forward(self, hidden_states: torch.Tensor, step: Step, form: str | None = None) -> torch.Tensor:
+        """Attend causally, each request over its own history; write the new tokens into the step's cache.
+
+        hidden_states: `[T, hidden_size]`, the requests' new tokens packed in the step's order, of the module's dtype
+        and device. form: None (per request by cost), "absorbed" or "expanded". Returns `[T, hidden_size]`. Raises
+        ValueError or TypeError that names the argument, with nothing written; a failed call leaves the step usable.
+        """
+        self._check(hidden_states, step)
+        plan = step.plan(form)
+        cfg = self.cfg
+        q, kv_a = self._project(hidden_states)
+        storage = step.cache.storage[self.layer_idx]
+        weight = self.kv_a_layernorm.weight
+        ops.latent_append(kv_a, weight, step.cos, step.sin, step.slots, storage, cfg.rms_norm_eps)
+        q_nope, q_pe = q.split([cfg.qk_nope_head_dim, cfg.qk_rope_head_dim], -1)
+        q_pe = ops.rope(q_pe, step.cos, step.sin)
+        out = self._attend(q, q_nope, q_pe, step, plan)
+        out = F.linear(out.reshape(len(out), -1), self.o_proj.weight, self.o_proj.bias)
+        step.commit(self.layer_idx)
+        return out
+
+    def _check(self, hidden_states: torch.Tensor, step: Step) -> None:
+        if not isinstance(step, Step):
+            raise TypeError(f"step must be a Step, made by LatentCache.step, got {type(step).__name__}")
+        if not isinstance(hidden_states, torch.Tensor):
+            raise TypeError(f"hidden_states must be a tensor [T, hidden_size], got {type(hidden_states).__name__}")
+        cfg, weight, cache = self.cfg, self.o_proj.weight, step.cache
+        if hidden_states.dim() != 2 or hidden_states.shape[1] != cfg.hidden_size:
+            raise ValueError(f"hidden_states must be [T, {cfg.hidden_size}], got shape {list(hidden_states.shape)}")
+        if hidden_states.shape[0] != step.num_tokens:
+            raise ValueError(
+                f"hidden_states must have the step's {step.num_tokens} tokens (sum of its lengths), "
+                f"got {hidden_states.shape[0]}"
+            )
+        if hidden_states.dtype != weight.dtype:
+            raise TypeError(f"hidden_states must be of the module's dtype {weight.dtype}, got {hidden_states.dtype}")
+        if hidden_states.device != weight.device:
+            raise ValueError(
+                f"hidden_states must be on the module's device {weight.device}, got {hidden_states.device}"
+            )
+        if cache.dtype != weight.dtype or cache.device != weight.device:
+            raise ValueError(
+                f"step's cache must be of the module's dtype and device {weight.dtype} on {weight.device}, "
+                f"got {cache.dtype} on {cache.device}"
+            )
+        if cache.cfg is not cfg:
+            for name in ("kv_lora_rank", "qk_rope_head_dim", "rope_theta", "rope_scaling"):
+                ours, theirs = getattr(cfg, name), getattr(cache.cfg, name)
+                if ours != theirs:
+                    raise ValueError(f"step's cache was made for {name} {theirs}, the module has {ours}")
+        step.check(self.layer_idx)
+
+    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries `[T, H, Dqk]`, not yet rotated, and raw kv_a `[T, C + R]`."""
+        cfg = self.cfg
+        first = self.q_proj if cfg.q_lora_rank is None else self.q_a_proj
+        second = self.kv_a_proj_with_mqa
+        if _follows(first.weight, second.weight) and (first.bias is None) == (second.bias is None):
+            # One product for both: x is read once.
+            rows = first.out_features + second.out_features
+            weight = first.weight.as_strided((rows, cfg.hidden_size), (cfg.hidden_size, 1))
+            bias = None if first.bias is None else torch.cat([first.bias, second.bias])
+            q, kv_a = F.linear(x, weight, bias).split([first.out_features, second.out_features], -1)
+        else:
+            q, kv_a = F.linear(x, first.weight, first.bias), F.linear(x, second.weight, second.bias)
+        if cfg.q_lora_rank is not None:
+            q = F.linear(ops.rms_norm(q, self.q_a_layernorm.weight, cfg.rms_norm_eps), self.q_b_proj.weight)
+        return q.unflatten(-1, (cfg.num_heads, cfg.qk_head_dim)), kv_a
+
+    def _attend(self, q, q_nope, q_pe, step: Step, plan: Plan) -> torch.Tensor:
+        """`[T, H, Dv]` of all tokens, by the plan."""
+        cfg = self.cfg
+        if plan.expanded is None and len(plan.absorbed) == 1:
+            return self._absorbed(q_nope, q_pe, step, plan.absorbed[0])
+        out = torch.empty(len(q), cfg.num_heads, cfg.v_head_dim, dtype=q.dtype, device=q.device)
+        for group in plan.absorbed:
+            out[group.tokens] = self._absorbed(q_nope[group.tokens], q_pe[group.tokens], step, group)
+        if plan.expanded is not None:
+            # The rotated columns go back into q, which is ours: [Te, H, Dnope + R]
+            q[..., cfg.qk_nope_head_dim :] = q_pe
+            if isinstance(plan.expanded, slice):
+                self._expanded(q[plan.expanded], step, plan, out[plan.expanded])
+            else:
+                part = torch.empty(len(plan.expanded), *out.shape[1:], dtype=q.dtype, device=q.device)
+                self._expanded(q[plan.expanded], step, plan, part)
+                out[plan.expanded] = part
+        return out
+
+    def _absorbed(self, q_nope, q_pe, step: Step, group: AbsorbedGroup) -> torch.Tensor:
+        """q_nope `[B * s_q, H, Dnope]`, q_pe `[B * s_q, H, R]` -> `[B * s_q, H, Dv]`."""
+        w_uk, w_uv = self._absorption_weights()
+        cache, layer = step.cache, self.layer_idx
+        # [H, B * s_q, Dnope] x [H, Dnope, C]
+        q_latent = torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)
+        out, _ = ops.mla_decode(
+            q_latent.unflatten(0, (-1, group.s_q)),
+            q_pe.unflatten(0, (-1, group.s_q)),
+            cache.kv_cache[layer],
+            cache.pe_cache[layer],
+            group.block_table,
+            group.seq_lens,
+            self.cfg.softmax_scale,
+        )
+        # [H, B * s_q, C] x [H, C, Dv]
+        return torch.bmm(out.flatten(0, 1).transpose(0, 1), w_uv).transpose(0, 1)
+
+    def _expanded(self, q: torch.Tensor, step: Step, plan: Plan, out: torch.Tensor) -> None:
+        """q `[Te, H, Dqk]`, rotated -> `out` `[Te, H, Dv]`, chunk by chunk; pieces of a request are merged by lse."""
+        cfg = self.cfg
+        rows = step.cache.storage[self.layer_idx].view(-1, cfg.latent_dim)
+        merged = lse = None
+        if any(chunk.merged for chunk in plan.chunks):
+            merged = torch.zeros(out.shape, dtype=torch.promote_types(out.dtype, torch.float32), device=out.device)
+            lse = torch.full((len(out), cfg.num_heads), float("-inf"), device=out.device)
+        for chunk in plan.chunks:
+            # [Tk, C + R]
+            latent, pe = rows.index_select(0, chunk.slots).split([cfg.kv_lora_rank, cfg.qk_rope_head_dim], -1)
+            for first in range(0, cfg.num_heads, chunk.heads):
+                heads = slice(first, min(first + chunk.heads, cfg.num_heads))
+                k, v = self._expand(latent, pe, heads)
+                for segment in chunk.segments:
+                    at = segment.rows, heads
+                    part, part_lse = ops.mla_prefill(
+                        q[at], k, v, segment.cu_seqlens_q, segment.cu_seqlens_k, cfg.softmax_scale, segment.causal
+                    )
+                    if chunk.merged:
+                        part, lse[at] = merge(merged[at], lse[at], part, part_lse.transpose(0, 1))
+                        merged[at] = part
+                    out[at] = part  # of a request in pieces, the last one writes the final value
+
+    def _expand(self, latent: torch.Tensor, pe: torch.Tensor, heads: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """latent `[Tk, C]`, pe `[Tk, R]` -> k `[Tk, heads, Dqk]`, v `[Tk, heads, Dv]` of some heads."""
+        cfg = self.cfg
+        width = cfg.qk_nope_head_dim + cfg.v_head_dim
+        weight = self.kv_b_proj.weight[heads.start * width : heads.stop * width]
+        kv = F.linear(latent, weight).unflatten(-1, (-1, width))
+        k_nope, v = kv.split([cfg.qk_nope_head_dim, cfg.v_head_dim], -1)
+        return torch.cat([k_nope, pe[:, None].expand(-1, heads.stop - heads.start, -1)], -1), v
+
+    def _absorption_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """W_UK `[H, Dnope, C]` and W_UV `[H, C, Dv]`, contiguous: on views of kv_b_proj bmm is up to 9 times slower."""
+        weight = self.kv_b_proj.weight
+        key = (weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.device, weight.dtype)
+        if self._absorption is None or self._absorption[0] != key:
+            cfg = self.cfg
+            per_head = weight.detach().view(cfg.num_heads, cfg.qk_nope_head_dim + cfg.v_head_dim, cfg.kv_lora_rank)
+            w_uk, w_uv = per_head.split([cfg.qk_nope_head_dim, cfg.v_head_dim], 1)
+            self._absorption = (key, w_uk.contiguous(), w_uv.transpose(1, 2).contiguous())
+        return self._absorption[1:]
+
+    def _join_projections(self) -> None:
+        """Lay q_proj (or q_a_proj) and kv_a_proj_with_mqa behind each other in one storage: one product serves both."""
+        first = self.q_proj if self.cfg.q_lora_rank is None else self.q_a_proj
+        second = self.kv_a_proj_with_mqa
+        if first.weight.is_meta or _follows(first.weight, second.weight):
+            return
+        both = torch.cat([first.weight.detach(), second.weight.detach()])
+        first.weight.data, second.weight.data = both[: first.out_features], both[first.out_features :]
+
+    def _apply(self, fn, recurse=True):
+        # .to(), .cuda(), .to_empty() move every parameter by itself.
+        super()._apply(fn, recurse)
+        self._absorption = None
+        self._join_projections()
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # Called with this module's entries before its children read theirs.
+        if not self.cfg.rope_interleave:
+            for key in [key for key in state_dict if key.startswith(prefix)]:
+                permuted = permute_rope_rows(self.cfg, key.removeprefix(prefix), state_dict[key])
+                if permuted is not None:
+                    state_dict[key] = permuted
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"layer_idx={self.layer_idx}"
+
+
+def _follows(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether `b`'s rows lie behind `a`'s in one storage."""
+    return (
+        a.dtype == b.dtype
+        and a.is_contiguous()
+        and b.is_contiguous()
+        and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+        and b.storage_offset() == a.storage_offset() + a.numel()
+    )
+
+
+def _to_checkpoint_order(mla: MLA, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+    """Give RoPE's rows back in halves: what `load_state_dict` took, `state_dict` returns."""
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        permuted = permute_rope_rows(mla.cfg, key.removeprefix(prefix), state_dict[key], back=True)
+        if permuted is not None:
+            state_dict[key] = permuted
