@@ -1,0 +1,7 @@
+"""The subcommands of `python -m ntops_mla`, one module each.
+
+A subcommand module has `HELP`, `configure(parser)`, `report(args)`, which returns plain data, and `text(data)`, which
+puts it for people; `--json` prints the data itself. A new subcommand is a new module and its name in `COMMANDS`.
+"""
+
+COMMANDS = ("platforms", "env", "ops", "explain")
