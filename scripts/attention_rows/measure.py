@@ -27,11 +27,7 @@ class Check(NamedTuple):
     passed: bool
 
 
-class Timing(NamedTuple):
-    """Milliseconds per pass: mean, median."""
-
-    mean_ms: float
-    median_ms: float
+TURN = 10  # passes of a row before the next row has its turn
 
 
 def inputs(scenario: Scenario, passes: int, hidden_size: int, device, dtype) -> list[torch.Tensor]:
@@ -68,9 +64,11 @@ def check(row, scenario: Scenario, histories, xs: list[torch.Tensor], expected: 
     return Check(worst_error, worst_cos, passed)
 
 
-def measure(rows, scenario: Scenario, histories, x: torch.Tensor, warmups: int, runs: int, progress) -> list[Timing]:
-    """Time the rows in turns, pass by pass, so that what else the machine does meets all of them alike.
+def measure(rows, scenario: Scenario, histories, x: torch.Tensor, warmups: int, runs: int, progress) -> list[float]:
+    """Average milliseconds per pass of each row.
 
+    The rows take turns of a few passes, so that what else the machine does meets all of them, and each still finds its
+    own data in the caches; the average is that of the middle half of the passes, which a disturbed pass does not enter.
     Prefill rewinds after each pass (not timed); decode feeds each row's output back to it. A pass includes its planning
     and ends when the device has finished.
     """
@@ -79,17 +77,34 @@ def measure(rows, scenario: Scenario, histories, x: torch.Tensor, warmups: int, 
         row.start(histories, room=(warmups + runs if grows else 1) * max(scenario.lengths))
     states = [x for _ in rows]
     times: list[list[float]] = [[] for _ in rows]
-    for index in progress(warmups + runs):
-        for i, row in enumerate(rows):
-            synchronize(x.device)
-            begin = time.perf_counter()
-            out = row.run(states[i], scenario.lengths)
-            synchronize(x.device)
-            elapsed = time.perf_counter() - begin
-            if index >= warmups:
-                times[i].append(elapsed * 1e3)
-            if grows:
-                states[i] = out
-            else:
-                row.rewind()
-    return [Timing(sum(t) / len(t), sorted(t)[len(t) // 2]) for t in times]
+
+    def one(i: int) -> float:
+        synchronize(x.device)
+        begin = time.perf_counter()
+        out = rows[i].run(states[i], scenario.lengths)
+        synchronize(x.device)
+        elapsed = time.perf_counter() - begin
+        if grows:
+            states[i] = out
+        else:
+            rows[i].rewind()
+        return elapsed * 1e3
+
+    with progress(len(rows) * (warmups + runs)) as bar:
+        for i in range(len(rows)):
+            for _ in range(warmups):
+                one(i)
+                bar.update()
+        for done in range(0, runs, TURN):
+            for i in range(len(rows)):
+                for _ in range(min(TURN, runs - done)):
+                    times[i].append(one(i))
+                    bar.update()
+    return [_middle_mean(t) for t in times]
+
+
+def _middle_mean(values: list[float]) -> float:
+    """Mean of the middle half."""
+    cut = len(values) // 4
+    middle = sorted(values)[cut : len(values) - cut]
+    return sum(middle) / len(middle)

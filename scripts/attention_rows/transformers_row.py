@@ -53,7 +53,9 @@ class Transformers:
             attention = modeling.DeepseekV3Attention(config, layer_idx=0)
         for name, parameter in mla.named_parameters():
             child, _, key = name.partition(".")
-            setattr(getattr(attention, child), key, parameter)
+            # Over the same storage, but with requires_grad as a loaded model has it: without it, PyTorch's linear of
+            # four dimensions copies the whole weight, and this row would be up to ten times slower.
+            setattr(getattr(attention, child), key, torch.nn.Parameter(parameter.detach()))
         self._attention = attention.eval()
         self._config = config
         self._rotary = modeling.DeepseekV3RotaryEmbedding(config).to(mla.o_proj.weight.device)
