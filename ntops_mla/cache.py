@@ -78,7 +78,9 @@ class LatentCache:
             raise TypeError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype!r}")
         # A storage per layer: a compiled graph over layers that share one would copy all of it.
         shape = (self.num_pages, self.page_size, cfg.latent_dim)
-        self.storage = tuple(torch.zeros(shape, device=device, dtype=self.dtype) for _ in range(self.num_layers))
+        # Not as inference tensors, which could not be written outside inference mode.
+        with torch.inference_mode(False):
+            self.storage = tuple(torch.zeros(shape, device=device, dtype=self.dtype) for _ in range(self.num_layers))
         self.device = self.storage[0].device
         self.kv_cache = tuple(s[..., : cfg.kv_lora_rank] for s in self.storage)
         self.pe_cache = tuple(s[..., cfg.kv_lora_rank :] for s in self.storage)
@@ -88,7 +90,7 @@ class LatentCache:
         self._requests: dict[int, _Request] = {}
         self._free = list(range(self.num_pages - 1, -1, -1))  # a stack: pages freed last are reused first
         # Block table of all requests on the host, a row each, grown by doubling; a step takes its rows from it.
-        self._table = torch.zeros(16, 16, dtype=torch.int32)
+        self._table = _host_table(16, 16)
         self._free_rows = list(range(15, -1, -1))
 
     @property
@@ -158,6 +160,7 @@ class LatentCache:
             record.reservation = reservation
         return Step(self, reservation, tuple(requests), tuple(lengths), tuple(pasts))
 
+    @torch.no_grad()
     def fill(self, request: int, latent: torch.Tensor, pe: torch.Tensor, layer: int = 0) -> None:
         """Write a request's whole history into a layer: `latent` `[p, kv_lora_rank]` after the norm, `pe`
         `[p, qk_rope_head_dim]` after RoPE in interleaved pairs; the cache's dtype and device.
@@ -277,7 +280,7 @@ class LatentCache:
         first = len(record.pages)
         if first + count > self._table.shape[1]:
             self._grow_table(self._table.shape[0], max(first + count, min(2 * self._table.shape[1], self.num_pages)))
-        self._table[record.row, first : first + count] = torch.tensor(taken, dtype=torch.int32)
+        self._table[record.row, first : first + count] = torch.tensor(taken, dtype=torch.int32, device="cpu")
         return taken
 
     def _take_row(self) -> int:
@@ -288,7 +291,7 @@ class LatentCache:
         return self._free_rows.pop()
 
     def _grow_table(self, rows: int, columns: int) -> None:
-        table = torch.zeros(rows, columns, dtype=torch.int32)
+        table = _host_table(rows, columns)
         table[: self._table.shape[0], : self._table.shape[1]] = self._table
         self._table = table
 
@@ -348,15 +351,15 @@ class Step:
         self._plans: dict[str | None, Plan] = {}
         ends = [past + new for past, new in zip(past_lengths, lengths, strict=True)]
         size, device = cache.page_size, cache.device
-        rows = torch.tensor([record.row for _, record in reservation.members])
+        rows = torch.tensor([record.row for _, record in reservation.members], device="cpu")
         table = cache._table.index_select(0, rows)[:, : -(-max(ends) // size)].contiguous()
         self.block_table = table.to(device)
         if self.num_tokens == len(lengths):  # a decode step: one token each, no expansion by request
-            meta = torch.tensor([past_lengths, ends]).to(device)
+            meta = torch.tensor([past_lengths, ends], device="cpu").to(device)
             self.positions = meta[0]
             page = self.block_table.gather(1, (self.positions // size)[:, None])[:, 0].long()
         else:
-            meta = torch.tensor([past_lengths, ends, lengths]).to(device)
+            meta = torch.tensor([past_lengths, ends, lengths], device="cpu").to(device)
             request = torch.arange(len(lengths), device=device).repeat_interleave(meta[2], output_size=self.num_tokens)
             # A token's position: its index in the pack, less its request's first index, plus the past.
             shift = meta[0] - meta[2].cumsum(0) + meta[2]
@@ -373,7 +376,7 @@ class Step:
         bounds = [0]
         for length in self.lengths:
             bounds.append(bounds[-1] + length)
-        return torch.tensor(bounds, dtype=torch.int32).to(self.cache.device)
+        return torch.tensor(bounds, dtype=torch.int32, device="cpu").to(self.cache.device)
 
     def plan(self, form: str | None = None) -> Plan:
         """Which tokens run absorbed and which expanded; made once per step and form, shared by all layers."""
@@ -409,6 +412,12 @@ class Step:
 
     def __repr__(self) -> str:
         return f"Step({len(self.requests)} requests, {self.num_tokens} tokens)"
+
+
+def _host_table(rows: int, columns: int) -> torch.Tensor:
+    # On the host whatever the default device is, and writable outside the inference mode that it may be made in.
+    with torch.inference_mode(False):
+        return torch.zeros(rows, columns, dtype=torch.int32, device="cpu")
 
 
 def _integer(name: str, value: object) -> int:

@@ -98,7 +98,8 @@ def check_weights(
                 f"self_attn.{name} of layer {layer} must be {list(parameter.shape)} by config.json, "
                 f"got {list(weights[name].shape)}"
             )
-    unknown_bias = [name for name in weights if name.endswith(".bias") and name not in parameters]
+    # Only of the projections: an indexer has a norm with a bias.
+    unknown_bias = [n for n in weights if n.endswith(".bias") and n.count(".") == 1 and n not in parameters]
     if unknown_bias:
         raise ValueError(f"the checkpoint has {', '.join(unknown_bias)}, but config.json does not set attention_bias")
     for name in [name for name in weights if name not in parameters]:
@@ -122,7 +123,10 @@ def _weight_map(path: str | os.PathLike[str]) -> dict[str, str]:
     index = os.path.join(path, INDEX)
     if os.path.exists(index):
         with open(index, encoding="utf-8") as f:
-            content = json.load(f)
+            try:
+                content = json.load(f)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{index!r} is not valid JSON: {error}") from error
         weight_map = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index!r} has no weight_map")

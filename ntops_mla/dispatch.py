@@ -153,7 +153,7 @@ class _Decision(NamedTuple):
 def call(op: OpSpec, device: torch.device, args: tuple) -> Any:
     """Run `op` on `args`, by the implementation that `choose` names."""
     dtypes, sizes = op.key(*args)
-    key = (op, device, dtypes, sizes, _override.get() or _environment)
+    key = (op, device, dtypes, sizes, _override.get() or _environment, platforms.generation)
     decision = _decisions.get(key)
     if decision is None:
         decision = _decide(op, device, dtypes, sizes)
@@ -164,8 +164,8 @@ def explain(op: OpSpec, device: torch.device, args: tuple, platform: Platform | 
     """The choice for `args`, without running; `platform` pretends that the device belongs to it."""
     dtypes, sizes = op.key(*args)
     if platform is not None:
-        device = torch.device(platform.markers.device_type)
-        return _choose(op, platforms.Detection(platform, device, "pretended"), dtypes, sizes, settings())[0]
+        # No device: this torch may not know the platform's device type.
+        return _choose(op, platforms.Detection(platform, None, "pretended"), dtypes, sizes, settings())[0]
     return _choose(op, _detect(device, settings()), dtypes, sizes, settings())[0]
 
 
@@ -205,7 +205,7 @@ def _objections(
         return [f"no platform file recognises this device: {detection.reason}"], None
     reasons = []
     markers = platform.markers
-    if device.type not in (markers.device_type, *markers.also_device_types):
+    if device is not None and device.type not in (markers.device_type, *markers.also_device_types):
         reasons.append(f"tensors on {device.type}, where a kernel for {platform.name} cannot run ({detection.reason})")
     modes = {}
     for dtype in dtypes:
@@ -231,9 +231,9 @@ def _decide(op: OpSpec, device: torch.device, dtypes: tuple, sizes: tuple) -> _D
     choice, mode = _choose(op, detection, dtypes, sizes, now)
     if choice.backend == "reference":
         decision = _Decision(choice, op.reference)
-        return _remember((op, device, dtypes, sizes, now), decision)
+        return _remember((op, device, dtypes, sizes, now, platforms.generation), decision)
     launch = _Launch(op, detection.platform, dtypes, sizes, mode)
-    return _remember((op, device, dtypes, sizes, now), _Decision(choice, launch))
+    return _remember((op, device, dtypes, sizes, now, platforms.generation), _Decision(choice, launch))
 
 
 def _remember(key: tuple, decision: _Decision) -> _Decision:
@@ -302,7 +302,7 @@ _NARROW = (torch.float16, torch.bfloat16)
 # What a device reports after the fact: memory faults, asserts, a lost board. Falling back would hide a wrong result.
 _DEVICE_ERROR = re.compile(
     r"(?i:illegal memory access|device-side assert|unspecified launch failure|misaligned address|hardware exception|"
-    r"uncorrectable|illegal instruction)|\b[A-Z]{3,5} error\b"
+    r"uncorrectable|illegal instruction|out of memory)|\b[A-Z]{3,5} error\b"
 )
 
 

@@ -115,14 +115,14 @@ def _tokens(step: Step, starts: list[int], members: list[int]) -> slice | torch.
     """Where the members' tokens are in the pack: a slice where they follow each other, which costs no copy."""
     if members[-1] - members[0] == len(members) - 1:
         return slice(starts[members[0]], starts[members[-1] + 1])
-    return torch.cat([torch.arange(starts[i], starts[i + 1]) for i in members]).to(step.cache.device)
+    return torch.cat([torch.arange(starts[i], starts[i + 1], device="cpu") for i in members]).to(step.cache.device)
 
 
 def _group(step: Step, starts: list[int], s_q: int, members: list[int]) -> AbsorbedGroup:
     tokens = _tokens(step, starts, members)
     if len(members) == len(step.lengths):
         return AbsorbedGroup(s_q, tokens, step.block_table, step.seq_lens)
-    index = torch.tensor(members).to(step.cache.device)
+    index = torch.tensor(members, device="cpu").to(step.cache.device)
     return AbsorbedGroup(s_q, tokens, step.block_table.index_select(0, index), step.seq_lens.index_select(0, index))
 
 
@@ -186,7 +186,7 @@ def _heads_at_once(step: Step, keys: int) -> int:
 
 
 def _bounds(step: Step, bounds: list[int]) -> torch.Tensor:
-    return torch.tensor(bounds, dtype=torch.int32).to(step.cache.device)
+    return torch.tensor(bounds, dtype=torch.int32, device="cpu").to(step.cache.device)
 
 
 def _slots(step: Step, index: int, first: int, last: int) -> torch.Tensor:

@@ -34,16 +34,15 @@ def from_hf(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """(rope_theta, scaling dict or None) out of a config.json, old and new spelling."""
     parameters = config.get("rope_parameters")
     scaling = config.get("rope_scaling")
-    if parameters is not None and scaling is not None and dict(parameters) != dict(scaling):
-        # transformers itself writes only one of them; where both stand, the new spelling is the one it reads.
-        scaling = None
-    scaling = parameters if parameters is not None else scaling
-    if scaling is not None and not isinstance(scaling, Mapping):
-        raise ValueError(f"rope_scaling must be a dict or null, got {scaling!r}")
-    theta = config.get("rope_theta")
+    for name, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError(f"{name} must be a dict or null, got {value!r}")
+    # As transformers reads them: a rope_scaling that is not empty comes first, its rope_theta before the outer one.
+    scaling = scaling or parameters
+    theta = (scaling or {}).get("rope_theta")
     if theta is None:
-        theta = (scaling or {}).get("rope_theta", 10000.0)
-    return theta, None if scaling is None else dict(scaling)
+        theta = config.get("rope_theta")
+    return 10000.0 if theta is None else theta, None if scaling is None else dict(scaling)
 
 
 def normalise_scaling(scaling: Mapping[str, Any] | None, max_position_embeddings: int) -> dict[str, Any] | None:
@@ -56,6 +55,8 @@ def normalise_scaling(scaling: Mapping[str, Any] | None, max_position_embeddings
     if nested:
         raise ValueError(f"rope_scaling with one entry per layer type is not supported: {', '.join(map(str, nested))}")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if scaling.get("llama_4_scaling_beta"):
+        raise ValueError("rope_scaling sets llama_4_scaling_beta, which scales queries by position: not supported")
     if kind in (None, "default"):
         return None
     if kind != "yarn":
@@ -69,6 +70,7 @@ def normalise_scaling(scaling: Mapping[str, Any] | None, max_position_embeddings
     original = scaling.get("original_max_position_embeddings")
     if original is None:
         raise ValueError("rope_scaling of type 'yarn' needs original_max_position_embeddings")
+    _check_number("original_max_position_embeddings", original)
     factor = scaling.get("factor")
     if factor is None:
         factor = max_position_embeddings / original
@@ -83,11 +85,17 @@ def normalise_scaling(scaling: Mapping[str, Any] | None, max_position_embeddings
         "attention_factor": scaling.get("attention_factor"),
         "truncate": bool(scaling.get("truncate", True)),
     }
-    for key in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
-        value = filled[key]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-            raise ValueError(f"rope_scaling[{key!r}] must be a positive number, got {value!r}")
+    for key in ("factor", "beta_fast", "beta_slow"):
+        _check_number(key, filled[key])
+    for key in ("mscale", "mscale_all_dim", "attention_factor"):
+        if filled[key] is not None and filled[key] != 0:
+            _check_number(key, filled[key])
     return filled
+
+
+def _check_number(key: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"rope_scaling[{key!r}] must be a finite positive number, got {value!r}")
 
 
 def _mscale(factor: float, mscale: float = 1.0) -> float:
@@ -114,7 +122,7 @@ def attention_factor(scaling: Mapping[str, Any] | None) -> float:
 
 def inverse_frequencies(dim: int, theta: float, scaling: Mapping[str, Any] | None) -> torch.Tensor:
     """float32 `[dim / 2]`: radians per position of each rotated pair."""
-    powers = theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    powers = theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
     inverse = 1.0 / powers
     if scaling is None:
         return inverse
@@ -130,7 +138,7 @@ def inverse_frequencies(dim: int, theta: float, scaling: Mapping[str, Any] | Non
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
         high += 0.001  # a ramp of no length would divide by zero
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
     extrapolate = 1 - ramp
     return 1.0 / (scaling["factor"] * powers) * (1 - extrapolate) + inverse * extrapolate
 
@@ -149,7 +157,7 @@ class RopeTable:
         self._factor = attention_factor(scaling)
         self._limit = limit
         self._device = device
-        self._table = torch.empty(0, dim, device=device)
+        self._table = torch.empty(0, dim, dtype=torch.float32, device=device)
 
     def rows(self, positions: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin), each float32 `[T, dim / 2]`, of `positions` int64 `[T]`, all below `length`."""
@@ -164,6 +172,6 @@ class RopeTable:
         while size < length:
             size *= 2
         size = max(min(size, self._limit), length)
-        angles = torch.outer(torch.arange(size, dtype=torch.float32), self._inverse)
+        angles = torch.outer(torch.arange(size, dtype=torch.float32, device="cpu"), self._inverse)
         table = torch.cat([angles.cos() * self._factor, angles.sin() * self._factor], dim=1)
         self._table = table.to(self._device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import weakref
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +91,8 @@ class MLA(nn.Module):
         """
         cfg = MLAConfig.from_pretrained(path)
         weights = checkpoint.load_attention(path, layer, dtype)
-        dtype = weights["kv_b_proj.weight"].dtype if dtype is None else dtype
+        if dtype is None and "kv_b_proj.weight" in weights:
+            dtype = weights["kv_b_proj.weight"].dtype
         mla = cls(cfg, layer if layer_idx is None else layer_idx, device="meta", dtype=dtype)
         mla.to_empty(device=torch.get_default_device() if device is None else device)
         checkpoint.check_weights(weights, mla, path, layer)
@@ -234,7 +236,7 @@ class MLA(nn.Module):
         merged = lse = None
         if any(chunk.merged for chunk in plan.chunks):
             merged = torch.zeros(out.shape, dtype=torch.promote_types(out.dtype, torch.float32), device=out.device)
-            lse = torch.full((len(out), cfg.num_heads), float("-inf"), device=out.device)
+            lse = torch.full((len(out), cfg.num_heads), float("-inf"), dtype=torch.float32, device=out.device)
         for chunk in plan.chunks:
             # [Tk, C + R]
             latent, pe = rows.index_select(0, chunk.slots).split([cfg.kv_lora_rank, cfg.qk_rope_head_dim], -1)
@@ -263,13 +265,18 @@ class MLA(nn.Module):
     def _absorption_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """W_UK `[H, Dnope, C]` and W_UV `[H, C, Dv]`, contiguous: on views of kv_b_proj bmm is up to 9 times slower."""
         weight = self.kv_b_proj.weight
+        # The parameter itself too: an allocator gives the address of a weight that is gone to the next one.
         key = (weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.device, weight.dtype)
-        if self._absorption is None or self._absorption[0] != key:
+        if self._absorption is None or self._absorption[0]() is not weight or self._absorption[1] != key:
             cfg = self.cfg
             per_head = weight.detach().view(cfg.num_heads, cfg.qk_nope_head_dim + cfg.v_head_dim, cfg.kv_lora_rank)
             w_uk, w_uv = per_head.split([cfg.qk_nope_head_dim, cfg.v_head_dim], 1)
-            self._absorption = (key, w_uk.contiguous(), w_uv.transpose(1, 2).contiguous())
-        return self._absorption[1:]
+            self._absorption = (weakref.ref(weight), key, w_uk.contiguous(), w_uv.transpose(1, 2).contiguous())
+        return self._absorption[2:]
+
+    def __getstate__(self) -> dict:
+        # Copies and files need no absorption weights: they are made anew.
+        return {**self.__dict__, "_absorption": None}
 
     def _join_projections(self) -> None:
         """Lay q_proj (or q_a_proj) and kv_a_proj_with_mqa behind each other in one storage: one product serves both."""
@@ -295,6 +302,7 @@ class MLA(nn.Module):
                 if permuted is not None:
                     state_dict[key] = permuted
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._absorption = None  # inference tensors do not count their versions
 
     def extra_repr(self) -> str:
         return f"layer_idx={self.layer_idx}"

@@ -53,6 +53,12 @@ def number(op: str, name: str, value: object, *, positive: bool = False) -> None
         raise ValueError(f"{op}: {name} must be positive, got {value}")
 
 
+def flag(op: str, name: str, value: object) -> None:
+    """`value` is True or False."""
+    if not isinstance(value, (bool, torch.SymBool)):
+        raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
+
+
 def page_size(op: str, name: str, value: int) -> None:
     """`value` slots in a page: a power of two."""
     if value <= 0 or value & (value - 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -67,6 +68,10 @@ class Op:
         _LIBRARY.impl(self.name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"ntops_mla::{self.name}", run_fake, lib=_LIBRARY)
 
+    def check(self, *args: Any, **kwargs: Any) -> None:
+        """Raise for arguments that the op does not take."""
+        self._check(*self._bind(args, kwargs))
+
     def explain(self, *args: Any, platform: Platform | None = None, **kwargs: Any) -> Choice:
         """The `Choice` for these arguments, without running them; `platform` pretends that they are on it."""
         args = self._bind(args, kwargs)
@@ -89,9 +94,21 @@ def register(function: Callable[..., Any], **parts: Any) -> Callable[..., Any]:
     """Register `function`, the public face of torch.ops.ntops_mla.<name>, and hang explain and reference on it."""
     op = Op(function, **parts)
     _OPS[op.name] = op
-    function.explain = op.explain
-    function.reference = op.reference
-    return function
+
+    @functools.wraps(function)
+    def public(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            # torch's own refusal of a wrong Python type, before any check of ours could run
+            if "Expected a value of type" not in str(error):
+                raise
+            op.check(*args, **kwargs)
+            raise
+
+    public.explain = op.explain
+    public.reference = op.reference
+    return public
 
 
 def names() -> tuple[str, ...]:

@@ -124,7 +124,7 @@ def _through_float32(kernel, platform: Platform, args: tuple) -> None:
     cache.view(-1, width).index_copy_(0, slots[kept], rows[kept])
 
 
-register(
+latent_append = register(
     latent_append,
     schema=(
         "(Tensor kv_a, Tensor weight, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) cache, float eps=1e-6) -> ()"

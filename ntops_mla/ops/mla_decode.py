@@ -72,6 +72,9 @@ def _check_args(q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax
     _check.same(op, "q_nope", q_nope, ("q_pe", q_pe), ("kv_cache", kv_cache), ("pe_cache", pe_cache))
     _check.same_device(op, "q_nope", q_nope, ("block_table", block_table), ("seq_lens", seq_lens))
     _check.number(op, "softmax_scale", softmax_scale)
+    _check.flag(op, "causal", causal)
+    if num_splits is not None and (isinstance(num_splits, bool) or not isinstance(num_splits, (int, torch.SymInt))):
+        raise TypeError(f"{op}: num_splits must be None or an integer, got {num_splits!r}")
     if num_splits is not None and num_splits < 1:
         raise ValueError(f"{op}: num_splits must be None or at least 1, got {num_splits}")
 
@@ -79,7 +82,7 @@ def _check_args(q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax
 def _reference(q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, causal, num_splits):
     batch, s_q, heads, latent = q_nope.shape
     out = torch.zeros(batch, s_q, heads, latent, dtype=q_nope.dtype, device=q_nope.device)
-    lse = torch.full((batch, heads, s_q), _NO_KEY, device=q_nope.device)
+    lse = torch.full((batch, heads, s_q), _NO_KEY, dtype=torch.float32, device=q_nope.device)
     page_size = kv_cache.shape[1]
     lengths = seq_lens.tolist()
     if batch == 0 or s_q == 0 or heads == 0:
@@ -223,7 +226,7 @@ def _example(device="cpu", dtype=torch.bfloat16, *, tokens=4, heads=16, kv_lora_
     )
 
 
-register(
+mla_decode = register(
     mla_decode,
     schema=(
         "(Tensor q_nope, Tensor q_pe, Tensor kv_cache, Tensor pe_cache, Tensor block_table, Tensor seq_lens, "

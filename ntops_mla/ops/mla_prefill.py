@@ -65,6 +65,7 @@ def _check_args(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):
         )
     _check.same_device(op, "q", q, ("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k))
     _check.number(op, "softmax_scale", softmax_scale)
+    _check.flag(op, "causal", causal)
 
 
 def _bounds(name: str, cu_seqlens: torch.Tensor, total: int) -> list[int]:
@@ -78,7 +79,9 @@ def _reference(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):
     starts = _bounds("cu_seqlens_q", cu_seqlens_q, q.shape[0])
     key_starts = _bounds("cu_seqlens_k", cu_seqlens_k, k.shape[0])
     out = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device)
-    lse = torch.full((q.shape[1], q.shape[0]), float("-inf"), device=q.device)
+    lse = torch.full((q.shape[1], q.shape[0]), float("-inf"), dtype=torch.float32, device=q.device)
+    if q.shape[1] == 0:  # PyTorch's CPU kernel divides by the number of heads
+        return out, lse
     # [1, H, tokens, D]
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     for b in range(len(starts) - 1):
@@ -146,7 +149,7 @@ def _example(device="cpu", dtype=torch.bfloat16, *, tokens=4, heads=16, rope=64,
     )
 
 
-register(
+mla_prefill = register(
     mla_prefill,
     schema=(
         "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float softmax_scale, "

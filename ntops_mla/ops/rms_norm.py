@@ -24,17 +24,15 @@ def rms_norm(input: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> to
 
 
 def _check_args(input, weight, eps):
-    if not isinstance(input, torch.Tensor) or input.dim() < 1:
-        raise ValueError(f"rms_norm: input must be a tensor [..., D], got {_describe(input)}")
+    if not isinstance(input, torch.Tensor):
+        raise TypeError(f"rms_norm: input must be a tensor [..., D], got {type(input).__name__}")
+    if input.dim() < 1:
+        raise ValueError(f"rms_norm: input must be [..., D], got shape {list(input.shape)}")
     _check.dtype("rms_norm", "input", input)
     _check.tensor("rms_norm", "weight", weight, "[D]", 1)
     _check.size("rms_norm", "weight", weight, 0, input.shape[-1], "[D]")
     _check.same("rms_norm", "input", input, ("weight", weight))
     _check.number("rms_norm", "eps", eps)
-
-
-def _describe(value: object) -> str:
-    return f"shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def normalise(input: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -66,7 +64,7 @@ def _example(device="cpu", dtype=torch.bfloat16, *, tokens=4, kv_lora_rank=512, 
     )
 
 
-register(
+rms_norm = register(
     rms_norm,
     schema="(Tensor input, Tensor weight, float eps=1e-6) -> Tensor",
     check=_check_args,

@@ -36,6 +36,8 @@ def check_cos_sin(op: str, cos: torch.Tensor, sin: torch.Tensor, tokens: int, wi
 def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """`x` `[..., R]` rotated by `cos`, `sin` `[..., R / 2]` (broadcast), in float32 or float64, not yet rounded."""
     wide = (x if x.dtype == torch.float64 else x.float()).contiguous()  # a pair must be adjacent to be a complex number
+    if wide.storage_offset() % 2:  # and start at an even place
+        wide = wide.clone()
     # One complex product instead of four real ones and an interleave.
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
     turns = torch.complex(cos.to(wide.dtype), sin.to(wide.dtype))
@@ -81,7 +83,7 @@ def _example(device="cpu", dtype=torch.bfloat16, *, tokens=4, heads=16, rope=64,
     return torch.randn(tokens, heads, rope, device=device, dtype=dtype), angles.cos(), angles.sin()
 
 
-register(
+rope = register(
     rope,
     schema="(Tensor q_pe, Tensor cos, Tensor sin) -> Tensor",
     check=_check_args,
