@@ -10,7 +10,7 @@ vendor add its marks as public reports describe them; nothing here was recorded 
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -139,6 +139,30 @@ class Machine:
 
 
 def _name_musa() -> None:
-    """Gives torch the device type musa; there is one such name in a process and it stays."""
+    """Gives torch the device type musa; there is one such name in a process and it stays.
+
+    So torch.musa stays too, without devices: torch.compile asks for the module of every device type that torch names.
+    """
     if torch._C._get_privateuse1_backend_name() != "musa":
         torch.utils.rename_privateuse1_backend("musa")
+        torch._register_device_module("musa", _NoDevices("torch.musa"))
+
+
+class _NoDevices(ModuleType):
+    """A device module on a machine without that device."""
+
+    @staticmethod
+    def is_available() -> bool:
+        return False
+
+    @staticmethod
+    def device_count() -> int:
+        return 0
+
+    @staticmethod
+    def _is_in_bad_fork() -> bool:
+        return False
+
+    @staticmethod
+    def manual_seed_all(seed: int) -> None:
+        """Nothing to seed."""
