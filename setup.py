@@ -2,6 +2,8 @@
 `ntops_mla.platforms`: mapped here for installs, and linked in `ntops_mla/` for checkouts and editable installs.
 """
 
+import contextlib
+import os
 import re
 from pathlib import Path
 
@@ -23,6 +25,19 @@ def readme():
     path = ROOT / "README.md"
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
+
+def link_folders():
+    """The links of a checkout, where they are missing: an unpacked sdist holds none, so that it holds each file once.
+    Only through them can an editable install, or a program that runs in this folder, find the two."""
+    for name in ("kernels", "platforms"):
+        link = ROOT / "ntops_mla" / name
+        if (ROOT / name).is_dir() and not os.path.lexists(link):
+            # read-only sources, or a system without links: other kinds of install do not need them
+            with contextlib.suppress(OSError):
+                link.symlink_to(f"../{name}", target_is_directory=True)
+
+
+link_folders()
 
 setup(
     name="ntops_mla",

@@ -19,14 +19,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in COMMANDS:
         module = importlib.import_module(f"ntops_mla.cli.{name}")
         command = commands.add_parser(name, help=module.HELP, description=module.__doc__)
-        command.add_argument("--json", action="store_true", help="plain data instead of text")
+        if not hasattr(module, "run"):
+            command.add_argument("--json", action="store_true", help="plain data instead of text")
         module.configure(command)
         command.set_defaults(module=module, parser=command)
     args = parser.parse_args(argv)
     try:
+        if hasattr(args.module, "run"):
+            return args.module.run(args)
         data = args.module.report(args)
-    except ValueError as error:
-        args.parser.error(str(error))
+    except (ValueError, TypeError) as error:  # the ops' own checks raise either
+        args.parser.exit(2, f"{args.parser.prog}: error: {error}\n")  # not .error(), which prints the usage as well
     try:
         print(json.dumps(data, indent=2) if args.json else args.module.text(data), flush=True)
     except BrokenPipeError:  # the reader, `head` say, has gone; the interpreter's own flush at exit must not complain

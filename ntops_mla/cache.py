@@ -9,10 +9,10 @@ from functools import cached_property
 import torch
 
 from ntops_mla.config import MLAConfig
-from ntops_mla.plan import Plan, make_plan
+from ntops_mla.plan import Plan, check_form, make_plan
 from ntops_mla.rope_table import RopeTable
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class CacheFull(RuntimeError):
@@ -44,6 +44,10 @@ class _Reservation:
         self.used = False
         self.stale: str | None = None  # why the step can be used no more
 
+    def released(self) -> list[int]:
+        """The pages in the order in which they go back, so that the first ones taken are the first to be reused."""
+        return [page for pages in reversed(self.pages) for page in reversed(pages)]
+
 
 class LatentCache:
     """Paged storage of normalised latents and rotated RoPE columns, one storage per layer, one block table for all.
@@ -74,8 +78,8 @@ class LatentCache:
             raise ValueError(f"page_size must be a power of two, got {page_size}")
         self.num_layers = _positive("num_layers", num_layers)
         self.dtype = torch.get_default_dtype() if dtype is None else dtype
-        if self.dtype not in _DTYPES:
-            raise TypeError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype!r}")
+        check_dtype(self.dtype)
+        check_device(device)
         # A storage per layer: a compiled graph over layers that share one would copy all of it.
         shape = (self.num_pages, self.page_size, cfg.latent_dim)
         # Not as inference tensors, which could not be written outside inference mode.
@@ -133,32 +137,30 @@ class LatentCache:
             -(-(past + new) // size) - (0 if record is None else len(record.pages))
             for record, past, new in zip(known, pasts, lengths, strict=True)
         ]
-        # Unused steps on these requests become stale: what they hold counts as free.
-        open_steps = {
-            id(record.reservation): record.reservation
-            for record in known
-            if record is not None and record.reservation is not None and not record.reservation.used
-        }
-        returned = sum(len(pages) for step in open_steps.values() for pages in step.pages)
-        if sum(wanted) > len(self._free) + returned:
-            raise CacheFull(
-                f"step needs {sum(wanted)} pages, {len(self._free) + returned} of {self.num_pages} are free "
-                f"(page_size {size})"
-            )
+        open_steps = _open_steps(known)
+        chosen = self._choose_pages("step", wanted, open_steps)
+        # All that can fail comes before the first change: an error leaves older steps on these requests as they are.
+        self._make_room(
+            max(past + new for past, new in zip(pasts, lengths, strict=True)),
+            sum(record is None for record in known) + sum(len(step.created) for step in open_steps),
+        )
+        entries = [torch.tensor(taken, dtype=torch.int32, device="cpu") if taken else None for taken in chosen]
+        step = Step(self, tuple(requests), tuple(lengths), tuple(pasts), known, entries)
         members, created = [], []
         for request, record in zip(requests, known, strict=True):
             if record is not None:
                 self._invalidate(record, f"there is a newer step on request {request}")
                 record = self._requests.get(request)  # gone, if only the stale step had made it
             if record is None:
-                record = self._requests[request] = _Request(self._take_row(), self.num_layers)
+                record = self._requests[request] = _Request(self._free_rows.pop(), self.num_layers)
                 created.append(request)
             members.append((request, record))
-        pages = [self._take_pages(record, count) for (_, record), count in zip(members, wanted, strict=True)]
-        reservation = _Reservation(members, pages, created)
+        for (_, record), taken, entry in zip(members, chosen, entries, strict=True):
+            self._take_pages(record, taken, entry)
+        step._reservation = reservation = _Reservation(members, chosen, created)
         for _, record in members:
             record.reservation = reservation
-        return Step(self, reservation, tuple(requests), tuple(lengths), tuple(pasts))
+        return step
 
     @torch.no_grad()
     def fill(self, request: int, latent: torch.Tensor, pe: torch.Tensor, layer: int = 0) -> None:
@@ -172,27 +174,30 @@ class LatentCache:
         layer = self._layer(layer)
         record = self._requests.get(request)
         tokens = self._check_fill(record, request, latent, pe, layer)
-        wanted = -(-tokens // self.page_size) - (0 if record is None else len(record.pages))
-        reservation = None if record is None else record.reservation
-        returned = 0 if reservation is None or reservation.used else sum(map(len, reservation.pages))
-        if wanted > len(self._free) + returned:
-            raise CacheFull(
-                f"fill needs {wanted} pages, {len(self._free) + returned} of {self.num_pages} are free "
-                f"(page_size {self.page_size})"
-            )
+        own = [] if record is None else record.pages
+        open_steps = _open_steps([record])
+        (chosen,) = self._choose_pages("fill", [-(-tokens // self.page_size) - len(own)], open_steps)
+        # As in step: what can fail first. The rows go into free pages, or into this request's where the layer has none.
+        self._make_room(tokens, 1 if record is None else sum(len(step.created) for step in open_steps))
+        entry = torch.tensor(chosen, dtype=torch.int32, device="cpu")
+        pages = torch.tensor(own + chosen, device="cpu").to(self.device)
+        slots = (pages[:, None] * self.page_size + torch.arange(self.page_size, device=self.device)).view(-1)[:tokens]
+        self.storage[layer].view(-1, self.cfg.latent_dim).index_copy_(0, slots, torch.cat([latent, pe], -1))
         if record is not None:
             self._invalidate(record, f"request {request} was filled")
             record = self._requests.get(request)
         if record is None:
-            record = self._requests[request] = _Request(self._take_row(), self.num_layers)
-        record.pages += self._take_pages(record, wanted)
-        pages = torch.tensor(record.pages, device=self.device)
-        slots = (pages[:, None] * self.page_size + torch.arange(self.page_size, device=self.device)).view(-1)[:tokens]
-        self.storage[layer].view(-1, self.cfg.latent_dim).index_copy_(0, slots, torch.cat([latent, pe], -1))
+            record = self._requests[request] = _Request(self._free_rows.pop(), self.num_layers)
+        self._take_pages(record, chosen, entry)
+        record.pages += chosen
         record.rows[layer] = record.length = tokens
 
     def truncate(self, request: int, length: int) -> None:
-        """Shorten a request to its first `length` tokens; pages behind them are free again."""
+        """Shorten a request to its first `length` tokens; pages behind them are free again.
+
+        It ends an unused step on the request. One that exists only through that step (its length is 0) ends with it:
+        after `truncate(request, 0)` it is unknown.
+        """
         record = self._known(request)
         length = _integer("length", length)
         if not 0 <= length <= record.length:
@@ -256,6 +261,8 @@ class LatentCache:
                 raise TypeError(f"{name} must be a tensor [p, {width}], got {type(value).__name__}")
             if value.dim() != 2 or value.shape[1] != width:
                 raise ValueError(f"{name} must be [p, {width}], got shape {list(value.shape)}")
+            if value.layout != torch.strided:
+                raise TypeError(f"{name} must be a dense tensor of layout torch.strided, got {value.layout}")
             if value.dtype != self.dtype:
                 raise TypeError(f"{name} must be of the cache's dtype {self.dtype}, got {value.dtype}")
             if value.device != self.device:
@@ -272,28 +279,42 @@ class LatentCache:
             raise ValueError(f"latent must have {record.length} tokens, what request {request} holds, got {tokens}")
         return tokens
 
-    def _take_pages(self, record: _Request, count: int) -> list[int]:
-        """`count` free pages, entered into the request's row of the block table behind its own."""
-        if count <= 0:
-            return []
-        taken = [self._free.pop() for _ in range(count)]
-        first = len(record.pages)
-        if first + count > self._table.shape[1]:
-            self._grow_table(self._table.shape[0], max(first + count, min(2 * self._table.shape[1], self.num_pages)))
-        self._table[record.row, first : first + count] = torch.tensor(taken, dtype=torch.int32, device="cpu")
-        return taken
+    def _choose_pages(self, what: str, wanted: list[int], open_steps: list[_Reservation]) -> list[list[int]]:
+        """Which pages `wanted[i]` are, none taken yet; what unused steps hold counts as free. Raises CacheFull."""
+        total = sum(wanted)
+        returned = [page for step in open_steps for page in step.released()]
+        if total > len(self._free) + len(returned):
+            raise CacheFull(
+                f"{what} needs {total} pages, {len(self._free) + len(returned)} of {self.num_pages} are free "
+                f"(page_size {self.page_size})"
+            )
+        # The end of the stack of free pages as it will be once those steps are stale.
+        stack = (self._free[-total:] + returned)[-total:] if total else []
+        return [[stack.pop() for _ in range(count)] for count in wanted]
 
-    def _take_row(self) -> int:
-        if not self._free_rows:
-            rows = self._table.shape[0]
-            self._grow_table(2 * rows, self._table.shape[1])
-            self._free_rows = list(range(2 * rows - 1, rows - 1, -1))
-        return self._free_rows.pop()
+    def _take_pages(self, record: _Request, pages: list[int], entry: torch.Tensor | None) -> None:
+        """Take what `_choose_pages` chose off the free ones and enter it behind the record's own in the block table."""
+        if pages:
+            del self._free[-len(pages) :]
+            first = len(record.pages)
+            self._table[record.row, first : first + len(pages)] = entry
+
+    def _make_room(self, length: int, requests: int) -> None:
+        """Room in the block table for a request of `length` tokens, and for `requests` more."""
+        rows, columns = self._table.shape
+        needed = -(-length // self.page_size)
+        if needed > columns:
+            columns = max(needed, min(2 * columns, self.num_pages))
+        while rows - self._table.shape[0] + len(self._free_rows) < requests:
+            rows *= 2
+        if (rows, columns) != tuple(self._table.shape):
+            self._grow_table(rows, columns)
 
     def _grow_table(self, rows: int, columns: int) -> None:
-        table = _host_table(rows, columns)
-        table[: self._table.shape[0], : self._table.shape[1]] = self._table
+        table, held = _host_table(rows, columns), self._table.shape[0]
+        table[:held, : self._table.shape[1]] = self._table
         self._table = table
+        self._free_rows[:0] = range(rows - 1, held - 1, -1)
 
     def _invalidate(self, record: _Request, why: str) -> None:
         if record.reservation is not None:
@@ -309,8 +330,7 @@ class LatentCache:
                 record.reservation = None
         if reservation.used:
             return
-        for pages in reversed(reservation.pages):
-            self._free.extend(reversed(pages))
+        self._free.extend(reservation.released())
         for request in reservation.created:
             self._free_rows.append(self._requests.pop(request).row)
 
@@ -336,23 +356,30 @@ class Step:
     def __init__(
         self,
         cache: LatentCache,
-        reservation: _Reservation,
         requests: tuple[int, ...],
         lengths: tuple[int, ...],
         past_lengths: tuple[int, ...],
+        records: list[_Request | None],
+        entries: list[torch.Tensor | None],
     ) -> None:
+        """records: the requests as they are; entries: the pages that each is to have besides its own."""
         self.cache = cache
         self.requests = requests
         self.lengths = lengths
         self.past_lengths = past_lengths
         self.num_tokens = sum(lengths)
-        self._reservation = reservation
+        self._reservation: _Reservation | None = None  # until the cache has made it
         self._layers_run: set[int] = set()
         self._plans: dict[str | None, Plan] = {}
         ends = [past + new for past, new in zip(past_lengths, lengths, strict=True)]
         size, device = cache.page_size, cache.device
-        rows = torch.tensor([record.row for _, record in reservation.members], device="cpu")
-        table = cache._table.index_select(0, rows)[:, : -(-max(ends) // size)].contiguous()
+        # A request without pages of its own takes any row: nothing of it is read.
+        rows = torch.tensor([0 if record is None else record.row for record in records], device="cpu")
+        table = cache._table[:, : -(-max(ends) // size)].index_select(0, rows)
+        for index, (record, entry) in enumerate(zip(records, entries, strict=True)):
+            if entry is not None:
+                first = 0 if record is None else len(record.pages)
+                table[index, first : first + len(entry)] = entry
         self.block_table = table.to(device)
         if self.num_tokens == len(lengths):  # a decode step: one token each, no expansion by request
             meta = torch.tensor([past_lengths, ends], device="cpu").to(device)
@@ -380,6 +407,7 @@ class Step:
 
     def plan(self, form: str | None = None) -> Plan:
         """Which tokens run absorbed and which expanded; made once per step and form, shared by all layers."""
+        check_form(form)
         plan = self._plans.get(form)
         if plan is None:
             plan = self._plans[form] = make_plan(self, form)
@@ -412,6 +440,28 @@ class Step:
 
     def __repr__(self) -> str:
         return f"Step({len(self.requests)} requests, {self.num_tokens} tokens)"
+
+
+def check_dtype(dtype: object) -> None:
+    """Raise TypeError unless `dtype` is one that the library computes in."""
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
+        raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
+
+
+def check_device(device: object) -> None:
+    """Raise ValueError unless `device` is None or names a device that torch knows."""
+    if device is None or isinstance(device, torch.device):
+        return
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be a torch.device or its name, got {device!r}: {error}") from error
+
+
+def _open_steps(records: Sequence[_Request | None]) -> list[_Reservation]:
+    """The unused steps on these requests, in the order in which a newer step ends them."""
+    steps = {id(r.reservation): r.reservation for r in records if r is not None and r.reservation is not None}
+    return [step for step in steps.values() if not step.used]
 
 
 def _host_table(rows: int, columns: int) -> torch.Tensor:

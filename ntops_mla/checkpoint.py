@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -17,6 +18,8 @@ INDEX = "model.safetensors.index.json"
 # Every MLA attention has this tensor; what stands before `layers` differs (model., language_model.model., ...).
 _LAYER = re.compile(r"^(?P<prefix>(?:.*\.)?layers\.(?P<layer>\d+)\.self_attn\.)kv_a_proj_with_mqa\.weight$")
 _SCALE = "_scale_inv"
+# Tensors beside the attention's own that it can be computed without: sparse selection, and tables made anew.
+_LEFT_OUT = ("indexer.", "rotary_emb.")
 _FP8 = tuple(
     getattr(torch, name) for name in ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2") if hasattr(torch, name)
 )
@@ -34,7 +37,7 @@ def load_attention(
 
     dtype: cast to it; None keeps the checkpoint's (FP8 weights become bfloat16). An FP8 weight is multiplied by its
     `weight_scale_inv`, one float32 per block (quantization_config.weight_block_size, 128 x 128 by default).
-    Raises FileNotFoundError (directory, shard), ValueError (layer), KeyError (scale).
+    Raises FileNotFoundError (directory, shard), ValueError (layer, damaged file, block size), KeyError (scale).
     """
     weight_map = _weight_map(path)
     prefixes = _attentions(weight_map)
@@ -46,7 +49,6 @@ def load_attention(
     prefix = prefixes[layer]
     names = [name for name in weight_map if name.startswith(prefix)]
     tensors = _read(path, {name: weight_map[name] for name in names})
-    block = _block_size(path)
     weights = {}
     for name, value in tensors.items():
         if name.endswith(_SCALE):
@@ -55,7 +57,7 @@ def load_attention(
             scale = tensors.get(name + _SCALE)
             if scale is None:
                 raise KeyError(f"{name} is FP8 but the checkpoint has no {name + _SCALE}")
-            value = dequantise(value, scale, block, torch.bfloat16 if dtype is None else dtype)
+            value = dequantise(value, scale, _block_size(path), torch.bfloat16 if dtype is None else dtype)
         weights[name.removeprefix(prefix)] = value if dtype is None else value.to(dtype)
     return weights
 
@@ -87,7 +89,8 @@ def check_weights(
 ) -> None:
     """The checkpoint has every parameter of `module` in its shape: KeyError or ValueError that names the tensor.
 
-    What the module does not know (an indexer, rotary buffers) is dropped from `weights`.
+    An indexer and rotary buffers are dropped from `weights`; any other tensor that the module does not have belongs to
+    a variant that it does not compute: ValueError that names it.
     """
     parameters = dict(module.named_parameters())
     for name, parameter in parameters.items():
@@ -102,7 +105,14 @@ def check_weights(
     unknown_bias = [n for n in weights if n.endswith(".bias") and n.count(".") == 1 and n not in parameters]
     if unknown_bias:
         raise ValueError(f"the checkpoint has {', '.join(unknown_bias)}, but config.json does not set attention_bias")
-    for name in [name for name in weights if name not in parameters]:
+    others = [name for name in weights if name not in parameters]
+    unknown = [name for name in others if not name.startswith(_LEFT_OUT)]
+    if unknown:
+        raise ValueError(
+            f"self_attn of layer {layer} of {os.fspath(path)!r} has tensors that MLA does not have, so it computes "
+            f"something else: {', '.join(unknown)}"
+        )
+    for name in others:
         del weights[name]
 
 
@@ -134,23 +144,21 @@ def _weight_map(path: str | os.PathLike[str]) -> dict[str, str]:
     files = sorted(name for name in os.listdir(path) if name.endswith(".safetensors"))
     if not files:
         raise FileNotFoundError(f"no {INDEX} and no *.safetensors in {path!r}")
-    safe_open = _safe_open()
     weight_map = {}
     for file in files:
-        with safe_open(os.path.join(path, file), framework="pt") as f:
+        with _open(os.path.join(path, file)) as f:
             weight_map.update(dict.fromkeys(f.keys(), file))
     return weight_map
 
 
 def _read(path: str | os.PathLike[str], names: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    safe_open = _safe_open()
     tensors = {}
     for file in sorted(set(names.values())):
         shard = os.path.join(os.fspath(path), file)
         if not os.path.exists(shard):
             missing = next(name for name, at in names.items() if at == file)
             raise FileNotFoundError(f"shard {file!r} is missing in {os.fspath(path)!r}; it holds {missing}")
-        with safe_open(shard, framework="pt") as f:
+        with _open(shard) as f:
             held = set(f.keys())
             for name in (name for name, at in names.items() if at == file):
                 if name not in held:
@@ -162,12 +170,27 @@ def _read(path: str | os.PathLike[str], names: Mapping[str, str]) -> dict[str, t
 def _block_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     config = read_config_json(path)
     quantization = config.get("quantization_config") or text_config(config).get("quantization_config") or {}
-    return tuple(quantization.get("weight_block_size") or (128, 128))
+    block = quantization.get("weight_block_size") if isinstance(quantization, Mapping) else quantization
+    if block is None:
+        return 128, 128
+    sizes = isinstance(block, (list, tuple)) and [type(edge) is int and edge > 0 for edge in block]
+    if sizes != [True, True]:
+        raise ValueError(
+            "quantization_config's weight_block_size of config.json must be two positive ints (rows, columns of a "
+            f"block), got {block!r}"
+        )
+    return tuple(block)
 
 
-def _safe_open():
+@contextlib.contextmanager
+def _open(file: str) -> Iterator:
+    """A safetensors file, open; ValueError that names it where it is damaged."""
     try:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
     except ImportError as error:
         raise ImportError("reading a checkpoint needs safetensors: pip install safetensors") from error
-    return safe_open
+    try:
+        with safe_open(file, framework="pt") as f:
+            yield f
+    except SafetensorError as error:
+        raise ValueError(f"{file!r} is not a valid safetensors file: {error}") from error

@@ -16,6 +16,19 @@ from ntops_mla import rope_table
 # wrong results without a sound, so they are refused by name.
 _VARIANT_KEYS = ("mla_scale_q_lora", "mla_scale_kv_lora")
 
+# Model types whose attention has MLA's numbers in config.json and computes something else: where a name begins with
+# one of these, the reason (transformers: models/<model type>/modeling_<model type>.py).
+_VARIANT_MODEL_TYPES = {
+    "axk2": "it gates the attention's output",
+    "bailing_hybrid": "it gates the attention's output",
+    "dots3_note": "it multiplies q and kv by factors, normalises the rope columns and gates the output",
+    "glm5_next": "its attention has no rotary embedding",
+    "hy_v4": "it has attention sinks and gates the attention's output",
+    "kimi_linear": "its attention has no rotary embedding",
+    "longcat_flash": "it multiplies q and kv by factors (mla_scale_q_lora, mla_scale_kv_lora)",
+    "mistral_large4": "it scales queries by position, and some layers have no rotary embedding",
+}
+
 # Model types whose code rotates halves although their config.json has no `rope_interleave` key
 # (transformers: models/minicpm3/modeling_minicpm3.py, apply_rotary_pos_emb).
 _HALVES_MODEL_TYPES = frozenset({"minicpm3"})
@@ -89,6 +102,11 @@ class MLAConfig:
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be finite and positive, got {value}")
         scaling = rope_table.normalise_scaling(self.rope_scaling, self.max_position_embeddings)
+        if scaling is not None and self.rope_theta <= 1:
+            raise ValueError(
+                f"rope_theta must be above 1 with rope_scaling of type 'yarn', which divides by its logarithm, "
+                f"got {self.rope_theta}"
+            )
         object.__setattr__(self, "rope_scaling", scaling)
 
     def __hash__(self) -> int:
@@ -156,7 +174,11 @@ class MLAConfig:
     def from_dict(cls, config: Mapping[str, Any]) -> MLAConfig:
         """Build from the content of a config.json, in the old (`rope_scaling` + `rope_theta`) or new
         (`rope_parameters`) spelling of RoPE; a multimodal model's `text_config` is entered."""
-        config = text_config(config)
+        outer, config = config, text_config(config)
+        for kind in (str(outer.get("model_type")), str(config.get("model_type"))):
+            for name, reason in _VARIANT_MODEL_TYPES.items():
+                if kind.startswith(name):
+                    raise ValueError(f"config.json of model_type {kind!r} is an MLA variant, not supported: {reason}")
         missing = [key for key in _REQUIRED if config.get(key) is None]
         heads = config.get("num_attention_heads")
         if heads is None:
@@ -169,6 +191,8 @@ class MLAConfig:
         for key in _VARIANT_KEYS:
             if config.get(key):
                 raise ValueError(f"config.json sets {key}, an MLA variant that is not supported")
+        if config.get("mla_use_nope"):
+            raise ValueError("config.json sets mla_use_nope, MLA without rotary embedding, which is not supported")
         if config.get("index_topk"):
             warnings.warn(
                 f"this model selects keys sparsely (index_topk {config['index_topk']}); MLA attends densely, which is "

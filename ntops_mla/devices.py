@@ -21,11 +21,11 @@ from types import ModuleType
 import torch
 
 from ntops_mla import platform as registry
-from ntops_mla.platform import Platform, all_platforms, get_platform
+from ntops_mla.platform import Markers, Platform, all_platforms, get_platform
 
 OVERRIDE = "NTOPS_MLA_PLATFORM"
-# Other makers' marks in torch.version, so that an unknown device is described by more than its type
-_FOREIGN_VERSIONS = ("hip", "xpu")
+# Makers' marks in torch.version, so that an unknown device is described by more than its type
+_VERSIONS = ("cuda", "hip", "xpu")
 
 
 class DeviceNotFoundError(RuntimeError):
@@ -143,21 +143,28 @@ class _Seen:
             return f"device type {self.device.type}"
         if self.device.type not in (markers.device_type, *markers.also_device_types):
             return None
+        if not (markers.name_required and self.name):
+            mark = self._mark_in_torch(markers)
+            if mark is not None:
+                return mark
+        for part in markers.device_names:
+            if part.lower() in self.name.lower():
+                return f"device name {self.name!r} has {part!r}"
+        return None
+
+    def _mark_in_torch(self, markers: Markers) -> str | None:
         for attribute in markers.version_attributes:
             if value := self.version(attribute):
                 return f"torch.version.{attribute} is {str(value)!r}"
         for attribute in markers.torch_attributes:
             if self.look.attribute(torch, attribute, f"torch.{attribute}"):
                 return f"torch.{attribute} is there"
-        for part in markers.device_names:
-            if part.lower() in self.name.lower():
-                return f"device name {self.name!r} has {part!r}"
         return None
 
     def describe(self) -> str:
         if self.device.type == "meta":
             return "device type meta (shapes only, no machine)"
-        versions = [(attribute, self.version(attribute)) for attribute in _FOREIGN_VERSIONS]
+        versions = [(attribute, self.version(attribute)) for attribute in _VERSIONS]
         said = [f"torch.version.{attribute} {str(value)!r}" for attribute, value in versions if value]
         return ", ".join([f"device type {self.device.type}", f"name {self.name!r}" if self.name else "no name", *said])
 
@@ -260,7 +267,8 @@ def _allocation_error(device: torch.device) -> str | None:
 
 
 def best_device() -> Detection:
-    """The first accelerator that works, by marker order; else the CPU, and why."""
+    """The first accelerator that works, by marker order; else the CPU, and why. The platform is what `detect` says of
+    the device, so that NTOPS_MLA_PLATFORM shows."""
     refused = []
     for platform in sorted(all_platforms().values(), key=lambda p: p.markers.order):
         if platform.markers.device_type == "cpu":
@@ -269,7 +277,9 @@ def best_device() -> Detection:
         if presence.works:
             return Detection(presence.platform, presence.device, presence.reason)
         refused.append(f"no {platform.title} device: {presence.reason}")
-    return Detection(get_platform("cpu"), torch.device("cpu"), "; ".join(["no accelerator works", *refused]))
+    found = detect("cpu")
+    decided = [found.reason] if os.environ.get(OVERRIDE, "").strip() else []
+    return Detection(found.platform, found.device, "; ".join([*decided, "no accelerator works", *refused]))
 
 
 def device_module(device: torch.device | str) -> ModuleType:

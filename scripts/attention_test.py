@@ -11,9 +11,17 @@ import dataclasses
 import json
 import math
 import os
+import stat
 import sys
 import tempfile
 import types
+
+from attention_rows import interpreter
+
+if __name__ == "__main__" and interpreter.wanted(sys.argv[1:]):
+    # Before torch and ntops_mla, since Triton decides at its import whether functions are compiled or interpreted.
+    os.environ[interpreter.VARIABLE] = "1"
+    print(f"--cpu --backend kernel: the kernels run in Triton's interpreter ({interpreter.VARIABLE}=1)", flush=True)
 
 import torch
 
@@ -23,6 +31,7 @@ from attention_rows.library_row import Library
 from attention_rows.torch_loop import TorchLoop
 from attention_rows.transformers_row import Transformers, unavailable
 from ntops_mla import checkpoint
+from ntops_mla.interpreter import enabled as interpreting
 from ntops_mla.platform import DeviceNotFoundError, all_platforms, best_device, detect, find_device
 from ntops_mla.testing import Float64MLA
 
@@ -135,7 +144,7 @@ def run_rows(args: argparse.Namespace, name: str, mla: ntops_mla.MLA, detection,
     del weights
     for case in scenarios:
         results += time_rows(args, rows, case, mla, checks[case.name])
-    print_choices(rows)
+    print_choices(results)
     print_summary(results, args, passed)
     if args.json is not None:
         write_json(args.json, args, name, mla, detection, results)
@@ -146,10 +155,30 @@ def run_rows(args: argparse.Namespace, name: str, mla: ntops_mla.MLA, detection,
 def choose_device(platform: str | None):
     if platform is None:
         detection = best_device()
+        check_override(detection)
         print(f"no device flag: {detection.platform.title} on {detection.device} ({detection.reason})")
         return detection.device, detection
     device = find_device(platform)
-    return device, detect(device)
+    detection = detect(device)
+    check_override(detection)
+    return device, detection
+
+
+def check_override(detection) -> None:
+    """NTOPS_MLA_PLATFORM may name a platform that this device cannot be; the result would then bear its name."""
+    platform, device = detection.platform, detection.device
+    types = (platform.markers.device_type, *platform.markers.also_device_types)
+    if device.type in types or is_interpreted(device):
+        return
+    decided = detection.reason.split(";")[0]
+    message = f"{decided}: {platform.title} devices are of type {' or '.join(types)}, and this one is {device}"
+    if device.type == "cpu":
+        message += f" ({interpreter.VARIABLE}=1 runs its kernels on a CPU, in Triton's interpreter)"
+    raise UsageError(message)
+
+
+def is_interpreted(device: torch.device) -> bool:
+    return device.type == "cpu" and interpreting()
 
 
 def make_model(args: argparse.Namespace, device: torch.device, dtype: torch.dtype):
@@ -170,14 +199,14 @@ def make_model(args: argparse.Namespace, device: torch.device, dtype: torch.dtyp
 def make_rows(only: str | None, mla: ntops_mla.MLA):
     """The rows to run and, of those left out, why."""
     makers = {"torch_loop": TorchLoop, "transformers": Transformers, "ntops_mla": Library}
-    reason = unavailable()
+    names = list(makers) if only is None else [only]
     left_out = {}
-    if reason is not None:
-        if only == "transformers":
+    if "transformers" in names and (reason := unavailable()) is not None:  # asked only where wanted: imports it
+        if only is not None:
             raise UsageError(f"--implementation transformers: {reason}")
         left_out["transformers"] = reason
-        del makers["transformers"]
-    return [maker(mla) for name, maker in makers.items() if only in (None, name)], left_out
+        names.remove("transformers")
+    return [makers[name](mla) for name in names], left_out
 
 
 def check_rows(rows, case, mla, weights) -> dict[str, measure.Check]:
@@ -249,7 +278,8 @@ def progress_bar(name: str):
 def print_header(args, name, mla, detection, left_out) -> None:
     cfg = mla.cfg
     print("*" * 90)
-    print(f"Test Attention: MLA, {name}, {args.dtype} on {detection.platform.title} ({detection.device})")
+    where = f"{detection.device}, interpreted" if is_interpreted(detection.device) else str(detection.device)
+    print(f"Test Attention: MLA, {name}, {args.dtype} on {detection.platform.title} ({where})")
     print(f"\t platform {detection.platform.name}: {detection.reason}")
     print(
         f"\t hidden {cfg.hidden_size}, heads {cfg.num_heads}, q_lora_rank {cfg.q_lora_rank}, kv_lora_rank "
@@ -261,11 +291,11 @@ def print_header(args, name, mla, detection, left_out) -> None:
     print("*" * 90, flush=True)
 
 
-def print_choices(rows) -> None:
-    for row in rows:
-        if isinstance(row, Library):
-            print("\nWhat ran each op of ntops_mla, and why:")
-            for op, choice in row.choices().items():
+def print_choices(results: list[dict]) -> None:
+    for result in results:
+        if "choices" in result:
+            print(f"\nWhat ran each op of {TITLES[result['implementation']]} in {result['scenario']}, and why:")
+            for op, choice in result["choices"].items():
                 print(f"\t {op:14s} {choice['backend']:10s} {choice['reason']}")
 
 
@@ -290,19 +320,21 @@ def print_summary(results: list[dict], args, passed: bool) -> None:
 
 def check_writable(file: str) -> None:
     """Before the work, not after it."""
-    folder = os.path.dirname(os.path.abspath(file))
+    folder = os.path.dirname(os.path.realpath(file))
     if not os.path.isdir(folder):
         raise UsageError(f"argument --json: folder {folder!r} does not exist")
-    if os.path.isdir(file) or not os.access(folder, os.W_OK):
+    if os.path.isdir(file) or not os.access(file if is_special(file) else folder, os.W_OK):
         raise UsageError(f"argument --json: cannot write {file!r}")
 
 
 def write_json(file: str, args, name: str, mla, detection, results: list[dict]) -> None:
-    """Whole or not at all."""
+    """Whole or not at all, where `file` is a regular file, or a link to one, or nothing yet. Anything else, a pipe or
+    /dev/stdout say, is written to and stays what it is."""
     content = {
         "config": name,
         "device": str(detection.device),
         "platform": detection.platform.name,
+        "interpreted": is_interpreted(detection.device),
         "dtype": args.dtype,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -311,11 +343,28 @@ def write_json(file: str, args, name: str, mla, detection, results: list[dict]) 
         "seed": args.seed,
         "rows": results,
     }
-    folder = os.path.dirname(os.path.abspath(file))
-    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False, encoding="utf-8") as f:
-        json.dump(content, f, indent=1)
-        f.write("\n")
-    os.replace(f.name, file)
+    text = json.dumps(content, indent=1) + "\n"
+    if is_special(file):
+        with open(file, "w", encoding="utf-8") as f:
+            f.write(text)
+        return
+    target = os.path.realpath(file)
+    with tempfile.NamedTemporaryFile(
+        "w", dir=os.path.dirname(target), suffix=".tmp", delete=False, encoding="utf-8"
+    ) as f:
+        f.write(text)
+    umask = os.umask(0)  # there is no way to ask for it alone
+    os.umask(umask)
+    os.chmod(f.name, 0o666 & ~umask)  # as open() would have made it; a temporary file is for its owner alone
+    os.replace(f.name, target)
+
+
+def is_special(file: str) -> bool:
+    """Whether it is there and is no regular file."""
+    try:
+        return not stat.S_ISREG(os.stat(file).st_mode)
+    except OSError:  # nothing there, or a link to nothing
+        return False
 
 
 def _short(values: tuple[int, ...]) -> str:

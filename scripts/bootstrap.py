@@ -1,9 +1,10 @@
 """Make `.venv` in the repository's root ready for the scripts and the tests. Standard library only.
 
 The rule behind everything here: a torch or Triton that the machine's Python already has is the vendor's. It is used,
-and never replaced, upgraded or shadowed. So `.venv` is then made with the system's packages visible, every pip call is
-constrained to what was found, ninetoothed (which requires the public Triton) goes in without its requirements, and
-afterwards torch and triton must resolve to the same file and version as before.
+and never replaced, upgraded or shadowed, whatever its distribution is called and also where only one of the two is
+there. So `.venv` is then made with that Python's packages visible, every pip call is constrained to what was found,
+ninetoothed (which requires the public Triton) goes in without its requirements, and afterwards torch and triton must
+resolve to the same file and version as before.
 
 Run by bootstrap.sh. `--check` only says, by its exit status, whether there is anything to do.
 """
@@ -44,6 +45,8 @@ VERSION_LINE = re.compile(r"""^(?:__)?version(?:__)?\s*(?::[^=\n]*)?=\s*["']([^"
 STANDARD_VERSION = re.compile(
     r"(\d+!)?\d+(\.\d+)*((a|b|rc)\d+)?(\.post\d+)?(\.dev\d+)?(\+[A-Za-z0-9]+([._-][A-Za-z0-9]+)*)?"
 )
+# Folders at the root that the package has as subpackages, through links.
+LINKED = ("kernels", "platforms")
 # Settings that would send packages elsewhere, or upgrade what is there. A user's own PIP_CONSTRAINT stays in force.
 UNWANTED_SETTINGS = (
     "PIP_TARGET",
@@ -110,6 +113,25 @@ def providers(name):
     return result
 
 
+def platform_modules():
+    """The modules in `ntops_mla.platforms`, imported as any program would, but without running ntops_mla's own
+    __init__.py, which imports torch. Empty where it cannot be imported."""
+    import pkgutil
+
+    spec = importlib.util.find_spec("ntops_mla")
+    if spec is None:
+        return []
+    sys.modules["ntops_mla"] = importlib.util.module_from_spec(spec)
+    try:
+        package = importlib.import_module("ntops_mla.platforms")
+        return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    except ImportError:
+        return []
+    finally:
+        sys.modules.pop("ntops_mla.platforms", None)
+        del sys.modules["ntops_mla"]
+
+
 def probe(full=False):
     modules = {name: found(name) for name in ("torch", "triton", "numpy")}
     result = {
@@ -124,6 +146,7 @@ def probe(full=False):
 
         result["providers"] = {name: providers(name) for name in ("torch", "triton")}
         result["package"] = found("ntops_mla")
+        result["platforms"] = platform_modules()
         result["site"] = [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
         result["pip"] = found("pip") is not None
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -164,7 +187,7 @@ def candidates():
 
 
 def choose():
-    """The first Python that has torch, else the first that is new enough."""
+    """The first Python whose torch is new enough, else the first that has torch, else the first."""
     usable = [
         answer
         for answer in ask(*candidates())
@@ -174,15 +197,23 @@ def choose():
         named = os.environ.get("NTOPS_MLA_PYTHON")
         which = f"NTOPS_MLA_PYTHON={named} is not a" if named else "PATH has no"
         raise Stop(f"{which} usable Python {dotted(OLDEST_PYTHON)} or newer outside .venv")
-    base = next((answer for answer in usable if answer["modules"]["torch"]), usable[0])
+    with_torch = [answer for answer in usable if answer["modules"]["torch"]]
+    new_enough = [answer for answer in with_torch if not torch_is_too_old(answer)]
+    base = [*new_enough, *with_torch, *usable][0]
     check_torch(base)
     return base
 
 
-def check_torch(answer):
+def torch_is_too_old(answer):
+    """A version that cannot be read counts as new enough."""
     torch = answer["modules"]["torch"]
     match = re.match(r"(\d+)\.(\d+)", torch["version"] or "") if torch else None
-    if match and (int(match[1]), int(match[2])) < OLDEST_TORCH:
+    return bool(match) and (int(match[1]), int(match[2])) < OLDEST_TORCH
+
+
+def check_torch(answer):
+    if torch_is_too_old(answer):
+        torch = answer["modules"]["torch"]
         raise Stop(
             f"torch {torch['version']} of {answer['executable']} is too old: {dotted(OLDEST_TORCH)} or newer is needed"
             " (NTOPS_MLA_PYTHON names another Python)"
@@ -280,8 +311,8 @@ def torch_problem(base, answer):
     if not base["modules"]["torch"]:
         # ours, then: visible system packages, or the torch of a moved machine, would be somebody else's
         torch = answer["modules"]["torch"]
-        outside = torch and not torch["file"].startswith(os.path.realpath(VENV) + os.sep)
-        return f"its torch is {torch['file']}" if outside else None
+        if torch and not torch["file"].startswith(os.path.realpath(VENV) + os.sep):
+            return f"its torch is {torch['file']}"
     return difference(base["modules"], answer["modules"])
 
 
@@ -306,14 +337,16 @@ def make_venv(base):
         VENV.unlink()
     elif VENV.exists():
         shutil.rmtree(VENV)
-    has_torch = base["modules"]["torch"]
-    command = [python, "-m", "venv", *(["--system-site-packages"] if has_torch else []), str(VENV)]
+    # Either one is enough: with only a triton there, the public one must not come before it.
+    keep = base["modules"]["torch"] or base["modules"]["triton"]
+    itself_virtual = base["prefix"] != base["base_prefix"]
+    command = [python, "-m", "venv", *(["--system-site-packages"] if keep and not itself_virtual else []), str(VENV)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise Stop(f"making .venv failed:\n{tail(result.stdout + result.stderr)}")
     answer = ask(venv_python(), full=True)[0]
-    if answer and has_torch and torch_problem(base, answer):
-        # `base` is itself a virtual environment: venv looks through it to the Python below, which has not its packages.
+    if answer and keep and itself_virtual:
+        # venv would look through it to the Python below, which has not its packages and may have others.
         show_parent(base, answer)
         answer = ask(venv_python(), full=True)[0]
     problem = venv_problem(base, answer)
@@ -349,11 +382,12 @@ def pip(*arguments):
         raise PipFailed(tail(result.stdout + result.stderr))
 
 
-def constraints(answer, keep_numpy):
-    """pip constraints that hold what is there. A module that no distribution of its name provides (a bare folder, or
-    `flagtree`) cannot be pinned; then a distribution of that name must not come in at all, and no release is < 0."""
+def constraints(answer, keep_numpy, names=("torch", "triton")):
+    """pip constraints that hold what is there of `names`. A module that no distribution of its name provides (a bare
+    folder, or `flagtree`) cannot be pinned; then a distribution of that name must not come in at all, and no release
+    is < 0."""
     lines = []
-    for name in ("torch", "triton"):
+    for name in names:
         if not answer["modules"][name]:
             continue
         owners = answer["providers"][name]
@@ -399,25 +433,47 @@ def install_ninetoothed(answer, held):
         pip(*held, *others)
 
 
+@contextlib.contextmanager
+def constrained(lines):
+    """pip's arguments for these constraints."""
+    handle, path = tempfile.mkstemp(suffix=".txt", text=True)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write("".join(f"{line}\n" for line in lines))
+        yield ["-c", path]
+    finally:
+        os.unlink(path)
+
+
+def install_torch(base, answer, torch):
+    """`torch`, beside the triton that the machine has, if it has one; returns what .venv's Python then says."""
+    triton = base["modules"]["triton"]
+    beside = f" beside triton {triton['version']} ({triton['file']}), which is kept" if triton else ""
+    say(f"installing {torch}{beside} (may take some minutes)")
+    # Only the machine's own triton is held: one that an earlier torch brought into .venv goes with that torch.
+    held = constraints(answer, keep_numpy=False, names=("triton",)) if triton else []
+    try:
+        with constrained(held) as options:
+            pip(*(options if held else ()), torch)
+    except PipFailed as error:
+        hint = "NTOPS_MLA_TORCH names another requirement, NTOPS_MLA_PYTHON a Python that has torch"
+        raise Stop(f"{torch} could not be installed{beside} ({hint}):\n{error}", 1) from None
+    answer = ask(venv_python(), full=True)[0]
+    check_torch(answer)
+    problem = difference(base["modules"], answer["modules"])
+    if problem:
+        raise Stop(f"installing {torch} changed .venv: {problem}; NTOPS_MLA_TORCH names another requirement", 1)
+    return answer
+
+
 def install(base, answer):
     """Everything into .venv; returns what of the optional things is missing."""
     missing = {}
     torch = wanted_torch(base)
     if torch:
-        say(f"installing {torch} (may take some minutes)")
-        try:
-            pip(torch)
-        except PipFailed as error:
-            hint = "NTOPS_MLA_TORCH names another requirement, NTOPS_MLA_PYTHON a Python that has torch"
-            raise Stop(f"{torch} could not be installed ({hint}):\n{error}", 1) from None
-        answer = ask(venv_python(), full=True)[0]
-        check_torch(answer)
+        answer = install_torch(base, answer, torch)
 
-    handle, path = tempfile.mkstemp(suffix=".txt", text=True)
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write("".join(f"{line}\n" for line in constraints(answer, keep_numpy=not torch)))
-        held = ["-c", path]
+    with constrained(constraints(answer, keep_numpy=not torch)) as held:
 
         def optional(name, step):
             try:
@@ -434,14 +490,23 @@ def install(base, answer):
             for line in test_requirements():
                 if name_of(line) in OPTIONAL:
                     optional(name_of(line), lambda line=line: pip(*held, line))
+            link_folders()
             pip(*held, "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
         except PipFailed as error:
             raise Stop(f"pip failed:\n{error}", 1) from None
-    finally:
-        os.unlink(path)
 
     verify(answer)
     return missing
+
+
+def link_folders():
+    """ntops_mla/<name> -> ../<name>, where it is missing: an unpacked sdist holds no links, and an editable install
+    finds the two folders only through them. setup.py does the same for whoever runs it without this script."""
+    for name in LINKED:
+        link = ROOT / "ntops_mla" / name
+        if (ROOT / name).is_dir() and not os.path.lexists(link):
+            with contextlib.suppress(OSError):  # verify says what that means
+                link.symlink_to(f"../{name}", target_is_directory=True)
 
 
 def verify(before):
@@ -453,6 +518,10 @@ def verify(before):
     if not package or not Path(package["file"]).is_relative_to(ROOT):
         place = package["file"] if package else "nowhere"
         raise Stop(f"ntops_mla would be imported from {place}, not from {ROOT}: uninstall that one", 1)
+    if not after["platforms"]:
+        raise Stop(
+            f"ntops_mla.platforms cannot be imported: is {ROOT / 'ntops_mla/platforms'} a link to ../platforms?", 1
+        )
 
 
 def bootstrap(again=False):
@@ -463,8 +532,10 @@ def bootstrap(again=False):
         if not again and not problem and ready(base):  # another bootstrap has done it all meanwhile
             return
         python = f"{base['executable']} (Python {dotted(base['version'])}"
-        torch = base["modules"]["torch"]
-        say(f"building on {python}, {'its torch ' + str(torch['version']) if torch else 'no torch'})")
+        torch, triton = base["modules"]["torch"], base["modules"]["triton"]
+        theirs = f"its torch {torch['version']}" if torch else "no torch"
+        theirs += f", its triton {triton['version']}" if triton else ""
+        say(f"building on {python}, {theirs})")
         if torch and os.environ.get("NTOPS_MLA_TORCH"):
             say("NTOPS_MLA_TORCH is not used: there is a torch, and it is kept")
         # From here on .venv is half-made until the new stamp is written.

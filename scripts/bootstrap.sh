@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv in the repository's root ready, or finds that it is. All the work is in bootstrap.py; this file only finds
 # a Python to run it with. --again: do every step although nothing changed.
-#   NTOPS_MLA_PYTHON  the Python to build on (default: the first with torch, else the first that is new enough)
+#   NTOPS_MLA_PYTHON  the Python to build on (default: the first with a torch that is new enough, else the first)
 #   NTOPS_MLA_TORCH   what to install where there is no torch (a pip requirement)
 set -eu
 here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)

@@ -1,18 +1,22 @@
 """scripts/attention_test.py: what it prints, writes and returns."""
 
+import builtins
 import json
 import os
+import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 import attention_test
-from attention_rows import measure, transformers_row
+from attention_rows import interpreter, measure, transformers_row
 from ntops_mla import MLA, MLAConfig
 from ntops_mla.ops import get
+from tests.fakes.boards import Machine
 
 SCRIPT = Path(attention_test.__file__)
 TINY = ["--cpu", "--tiny", "--runs", "1", "--warmups", "0"]
@@ -40,10 +44,23 @@ def test_every_row_is_checked_and_timed(capsys, tmp_path):
     for row in rows.values():
         assert row["latency_ms"] > 0 and row["tokens_per_s"] > 0
         assert 0 < row["max_error"] < 0.1 and 0 < row["cos_diff"] < measure.COS_DIFF[torch.bfloat16]
-    choices = rows["decode", "ntops_mla"]["choices"]
-    assert set(choices) == {"rms_norm", "rope", "latent_append", "mla_decode", "mla_prefill"}
-    assert all(choice["backend"] == "reference" and choice["reason"] for choice in choices.values())
+    assert result["interpreted"] is False
+    # what ran, and nothing else: config a has no q LoRA and so no norm of its own, decode no prefill
+    ran = {scenario: rows[scenario, "ntops_mla"]["choices"] for scenario in ("prefill", "decode")}
+    assert set(ran["decode"]) == {"rope", "latent_append", "mla_decode"}
+    assert {"rope", "latent_append", "mla_prefill"} <= set(ran["prefill"]) <= {*ran["decode"], "mla_prefill"}
+    for choices in ran.values():
+        assert all(choice["backend"] == "reference" and choice["reason"] for choice in choices.values())
     assert "choices" not in rows["decode", "torch_loop"]
+    for scenario in ran:
+        assert f"What ran each op of ntops_mla in {scenario}, and why" in out
+    assert "rms_norm" not in out
+
+
+def test_the_norm_of_r1_is_among_what_ran(capsys, tmp_path):
+    file = tmp_path / "result.json"
+    run(capsys, "--config", "r1", "--no-check", "--implementation", "ntops_mla", "--json", str(file))
+    assert all("rms_norm" in row["choices"] for row in json.loads(file.read_text())["rows"])
 
 
 @pytest.mark.parametrize("config", ["a", "r1"])
@@ -118,13 +135,124 @@ def test_what_cannot_be_done_is_one_line_and_status_2(capsys, flags, says):
     assert not any(line.startswith("Traceback") for line in err)
 
 
+OURS = ["--tiny", "--runs", "1", "--warmups", "0", "--no-check", "--implementation", "ntops_mla"]
+
+
+def script(*flags, **variables) -> subprocess.CompletedProcess:
+    """The script by itself: what it does before it imports torch counts."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("NTOPS_MLA_", "TRITON_"))}
+    environment = {**kept, "PYTHONPATH": str(SCRIPT.parents[1]), **variables}
+    command = [sys.executable, str(SCRIPT), *OURS, *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.mark.slow
 def test_without_a_flag_the_best_device_is_named():
-    flags = ["--tiny", "--runs", "1", "--warmups", "0", "--no-check", "--implementation", "ntops_mla"]
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
-    command = [sys.executable, str(SCRIPT), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    done = script()
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("no device flag: ")
+
+
+@pytest.mark.slow
+def test_kernels_on_a_cpu_are_interpreted(tmp_path):
+    file = tmp_path / "result.json"
+    done = script("--cpu", "--backend=kernel", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    first, *rest = done.stdout.splitlines()
+    assert "NTOPS_MLA_INTERPRET=1" in first and any("on CPU (cpu, interpreted)" in line for line in rest)
+    result = json.loads(file.read_text())
+    assert result["interpreted"] is True
+    assert {choice["backend"] for row in result["rows"] for choice in row["choices"].values()} == {"kernel"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "value", "expected"),
+    [
+        (["--cpu", "--backend", "kernel"], None, True),
+        (["--json", "x", "--backend=kernel", "--cpu", "--tiny"], "", True),
+        (["--cpu", "--backend", "kernel"], "0", False),  # as the caller has it
+        (["--cpu", "--backend", "kernel"], "1", False),
+        (["--cpu", "--backend", "auto"], None, False),
+        (["--cpu", "--backend"], None, False),
+        (["--backend", "kernel"], None, False),
+        ([], None, False),
+    ],
+)
+def test_when_the_interpreter_is_wanted(monkeypatch, flags, value, expected):
+    monkeypatch.delenv("NTOPS_MLA_INTERPRET", raising=False)
+    if value is not None:
+        monkeypatch.setenv("NTOPS_MLA_INTERPRET", value)
+    assert interpreter.wanted(flags) is expected
+
+
+@pytest.mark.parametrize("flags", [["--cpu"], []], ids=["cpu", "no flag"])
+def test_a_platform_that_the_device_cannot_be_is_refused(capsys, monkeypatch, flags):
+    """Else a CPU's figures would bear an accelerator's name."""
+    with Machine(monkeypatch):
+        monkeypatch.setenv("NTOPS_MLA_PLATFORM", "nvidia")
+        status = attention_test.main([*OURS, *flags])
+        captured = capsys.readouterr()
+        assert status == 2 and captured.out == ""
+        (line,) = captured.err.splitlines()
+        assert "NTOPS_MLA_PLATFORM=nvidia" in line and "type cuda" in line and "cpu" in line
+        monkeypatch.setenv("NTOPS_MLA_PLATFORM", "cpu")
+        assert attention_test.main([*OURS, *flags]) == 0
+        # interpreted, that platform's kernels do run on a CPU
+        monkeypatch.setenv("NTOPS_MLA_PLATFORM", "nvidia")
+        monkeypatch.setenv("NTOPS_MLA_INTERPRET", "1")
+        assert attention_test.main([*OURS, *flags, "--backend", "reference"]) == 0
+        assert "on NVIDIA (cpu, interpreted)" in capsys.readouterr().out
+
+
+def test_json_through_a_link_and_over_a_file(capsys, tmp_path):
+    file, link = tmp_path / "there" / "result.json", tmp_path / "link.json"
+    file.parent.mkdir()
+    file.write_text("old")
+    link.symlink_to("there/result.json")
+    umask = os.umask(0o027)
+    try:
+        status, _, _ = run(capsys, "--no-check", "--implementation", "ntops_mla", "--json", str(link))
+    finally:
+        os.umask(umask)
+    assert status == 0
+    assert link.is_symlink() and json.loads(file.read_text())["rows"]
+    assert file.stat().st_mode & 0o777 == 0o640
+    assert [path.name for path in file.parent.iterdir()] == ["result.json"]
+
+
+def test_json_into_a_pipe(capsys, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
+    reader.start()
+    status, _, _ = run(capsys, "--no-check", "--implementation", "ntops_mla", "--json", str(pipe))
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    reader.join(60)
+    assert status == 0 and json.loads(read[0])["rows"]
+
+
+def test_a_transformers_that_does_not_import_is_left_out(capsys, monkeypatch):
+    def broken(name, *_, **__):
+        if name.startswith("transformers"):
+            raise RuntimeError("operator torchvision::nms does not exist\nmore")
+        return original(name, *_, **__)
+
+    original = builtins.__import__
+    monkeypatch.setattr(transformers_row.importlib.metadata, "version", lambda name: "5.20.0")
+    monkeypatch.setattr(builtins, "__import__", broken)
+    reason = transformers_row.unavailable()
+    assert "transformers 5.20.0 does not import: RuntimeError: operator torchvision::nms does not exist" == reason
+    status, out, _ = run(capsys, "--no-check")
+    assert status == 0 and f"row transformers left out: {reason}" in out
+    status, _, err = run(capsys, "--implementation", "transformers")
+    assert status == 2 and reason in err
+
+
+@pytest.mark.parametrize("version", ["4.57.1", "5.0rc1", "5.14.dev0"])
+def test_an_old_transformers_is_left_out(monkeypatch, version):
+    monkeypatch.setattr(transformers_row.importlib.metadata, "version", lambda name: version)
+    assert "is older than 5.15" in transformers_row.unavailable()
 
 
 def checkpoint(folder: Path, layers: tuple[int, ...], cfg: MLAConfig) -> dict[int, dict[str, torch.Tensor]]:

@@ -91,6 +91,8 @@ def wheels(tmp_path_factory):
     make_wheel(folder, "triton", "3.9.0", {"triton": module("3.9.0")})
     for version in ("2.3.1", "2.12.0", "2.13.0", "3.0.0"):
         make_wheel(folder, "torch", version, {"torch": module(version)})
+    make_wheel(folder, "torch", "2.14.0", {"torch": module("2.14.0")}, ["triton==3.9.0"])
+    make_wheel(folder, "torch", "2.15.0", {"torch": module("2.15.0")}, ["overwrites-triton"])
     make_wheel(folder, "a-test-tool", "1.0", {"a_test_tool": module("1.0")})
     make_wheel(folder, "transformers", "5.20", {"transformers": module("5.20")}, ["a-test-tool"])
     # what a package might do to a vendor's machine
@@ -145,8 +147,9 @@ class Machine:
         )
 
     def vendor(self, *, torch=VENDOR_TORCH, triton=None):
-        """Put a vendor's torch and triton on the machine. `triton`: (distribution or None, version)."""
-        put(self.site, distribution_files("torch", torch, {"torch": module(torch)}))
+        """Put a vendor's torch (None: none) and triton on the machine. `triton`: (distribution or None, version)."""
+        if torch:
+            put(self.site, distribution_files("torch", torch, {"torch": module(torch)}))
         if triton and triton[0]:
             put(self.site, distribution_files(*triton, {"triton": module(triton[1])}))
         elif triton:
@@ -209,6 +212,32 @@ def test_vendor_torch_and_triton_are_kept(machine, triton):
     assert snapshot(machine.site) == before
     (site,) = machine.venv.glob("lib/python*/site-packages")
     assert not list(site.glob("triton*")) and not list(site.glob("torch*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("triton", [(None, "3.1.0"), ("flagtree", "0.3.0")], ids=["no-distribution", "flagtree"])
+def test_vendor_triton_without_torch_is_kept(machine, wheels, triton):
+    machine.vendor(torch=None, triton=triton)
+    before = snapshot(machine.site)
+    # a torch that insists on another triton: refused, and the way out is named
+    result = machine.run(NTOPS_MLA_TORCH="torch==2.14.0")
+    assert result.returncode == 1
+    assert f"beside triton {triton[1]}" in result.stderr and "NTOPS_MLA_TORCH names another" in result.stderr
+    assert not (machine.venv / "bootstrap.json").exists()
+    # one that brings a module `triton` under a name that pip cannot know
+    result = machine.run(NTOPS_MLA_TORCH="torch==2.15.0")
+    assert result.returncode == 1
+    assert f"triton was {triton[1]}" in result.stderr and "is now 6.6" in result.stderr
+    assert "NTOPS_MLA_TORCH names another" in result.stderr
+    # one that does not care
+    said = machine.ready()
+    assert f"no torch, its triton {triton[1]}" in said and "beside the Triton that is there" in said
+    assert machine.resolve("torch")[1] == "2.13.0"
+    assert machine.resolve("torch")[0].startswith(str(machine.venv))
+    assert machine.resolve("triton") == (str(machine.site / "triton/__init__.py"), triton[1])
+    assert machine.resolve("ninetoothed")[1] == "0.26.0" and machine.resolve("numpy_like")[1] == "2.0"
+    assert snapshot(machine.site) == before
+    assert machine.ready() == ""
 
 
 @pytest.mark.slow
@@ -292,11 +321,24 @@ def test_life_of_an_environment(machine, wheels):
     activated = os.pathsep.join(map(str, (machine.venv / "bin", machine.base.parent, tools)))
     assert machine.ready(PATH=activated, NTOPS_MLA_PYTHON="") == ""
 
-    # a change of what determines it: done again, in place, and with no registry since nothing is missing
+    # a change of what determines it: done again, in place, and with no registry since nothing is missing; the links,
+    # which an unpacked sdist has not, are made again
     with (machine.root / "setup.py").open("a") as file:
         file.write("\n# changed\n")
+    for name in ("kernels", "platforms"):
+        (machine.root / "ntops_mla" / name).unlink()
     said = machine.ready(PIP_FIND_LINKS=os.devnull)
     assert ".venv is ready" in said and "making .venv" not in said
+    assert machine.resolve("ntops_mla.platforms.a") is not None
+    assert os.readlink(machine.root / "ntops_mla" / "platforms") == "../platforms"
+
+    # where they cannot be made (here, something else has the name) it is said
+    (machine.root / "ntops_mla" / "platforms").unlink()
+    (machine.root / "ntops_mla" / "platforms").write_text("../platforms")
+    result = machine.run("--again")
+    assert result.returncode == 1 and "ntops_mla.platforms cannot be imported" in result.stderr
+    (machine.root / "ntops_mla" / "platforms").unlink()
+    machine.ready("--again")
 
     # half-made: the stamp absent, a part missing; and another torch is wanted
     (machine.venv / "bootstrap.json").unlink()
@@ -398,6 +440,14 @@ def test_python_with_torch_is_preferred(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(bin_folder))
     monkeypatch.delenv("NTOPS_MLA_PYTHON", raising=False)
     assert bootstrap.choose()["executable"] == "python3.12"
+    # one that is too old is passed over where another is not, and said to be too old where it is the only one
+    answers["python3.12"]["modules"]["torch"]["version"] = "2.3.1"
+    fake_python(bin_folder, "python3.12", f"echo '{json.dumps(answers['python3.12'])}'")
+    assert bootstrap.choose()["executable"] == "python3.11"
+    (bin_folder / "python3.11").rename(bin_folder / "hidden")
+    with pytest.raises(bootstrap.Stop, match=r"torch 2\.3\.1 of python3\.12 is too old"):
+        bootstrap.choose()
+    (bin_folder / "hidden").rename(bin_folder / "python3.11")
     for name in ("python3.12", "python3.11"):
         (bin_folder / name).unlink()
     assert bootstrap.choose()["executable"] == "python"

@@ -1,5 +1,6 @@
 """LatentCache and Step: pages, lengths and the life of a step, against a plain model of them."""
 
+import dataclasses
 import gc
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch.overrides import TorchFunctionMode
 
 from ntops_mla import CacheFull, LatentCache, MLAConfig
 from ntops_mla.rope_table import attention_factor, inverse_frequencies
@@ -20,6 +22,9 @@ CFG = MLAConfig(
     v_head_dim=4,
     max_position_embeddings=40,
 )
+
+
+LONG = dataclasses.replace(CFG, max_position_embeddings=400)
 
 
 def make(num_pages=8, page_size=4, num_layers=1, cfg=CFG, **keys):
@@ -117,6 +122,8 @@ def test_dtype_and_device_by_default():
         ({"num_layers": None}, TypeError, "num_layers"),
         ({"dtype": torch.int8}, TypeError, "dtype must be one of .*bfloat16.*int8"),
         ({"dtype": "bfloat16"}, TypeError, "dtype must be one of"),
+        ({"device": "nosuch"}, ValueError, "device must be .*got 'nosuch'"),
+        ({"device": 1.5}, ValueError, "device must be .*got 1.5"),
     ],
 )
 def test_bad_arguments_of_the_cache(keys, kind, message):
@@ -386,6 +393,17 @@ def test_a_step_that_outlives_its_cache():
 # truncate and free
 
 
+def test_truncate_to_nothing_ends_a_request_that_only_a_step_made():
+    cache = make()
+    step = cache.step([5], [1])
+    cache.truncate(5, 0)
+    assert cache.requests == () and cache.num_free_pages == 8
+    with pytest.raises(KeyError):
+        cache.length(5)
+    with pytest.raises(ValueError, match="stale"):
+        step.check(0)
+
+
 def test_truncate_gives_pages_back():
     cache = make()
     use(cache.step([1], [13]))
@@ -519,6 +537,9 @@ BAD_FILLS = [
     ((1, rows(3)[0], rows(3)[1].bfloat16()), TypeError, "pe .*float32, got .*bfloat16"),
     ((1, META[0], rows(3)[1]), ValueError, "latent .*cpu, got meta"),
     ((1, rows(3)[0], META[1]), ValueError, "pe .*cpu, got meta"),
+    ((1, rows(3)[0].to_sparse(), rows(3)[1]), TypeError, "latent .*torch.strided, got torch.sparse_coo"),
+    ((1, rows(3)[0], rows(3)[1].to_sparse()), TypeError, "pe .*torch.strided, got torch.sparse_coo"),
+    ((5, rows(5)[0].to_sparse(), rows(5)[1], 1), TypeError, "latent .*torch.strided"),
     ((1, rows(3)[0].tolist(), rows(3)[1]), TypeError, "latent must be a tensor .*got list"),
     ((1, rows(3)[0], None), TypeError, "pe must be a tensor"),
     ((1, *rows(3), 2), ValueError, "layer must be between 0 and 1"),
@@ -539,6 +560,70 @@ def test_a_bad_fill_changes_nothing(arguments, kind, message):
         cache.fill(*arguments)
     assert_unchanged(cache, before)
     use(step, 0)
+
+
+class Failing(TorchFunctionMode):
+    """The `number`th call of a torch function fails, as where memory is at its end."""
+
+    def __init__(self, name, number=0):
+        self.name, self.number, self.calls = name, number, 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", None) == self.name:
+            self.calls += 1
+            if self.calls == self.number + 1:
+                raise MemoryError(self.name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("operation", ["cat", "index_copy_", "arange", "tensor", "zeros"])
+@pytest.mark.parametrize("request_, length", [(5, 5), (1, 7), (2, 70)], ids=["next layer", "by a step only", "new"])
+def test_a_fill_that_fails_changes_nothing(operation, request_, length):
+    """Whatever it was about to do; 70 tokens make the block table grow."""
+    cache = make(30, num_layers=2, cfg=LONG)
+    cache.fill(5, *rows(5))
+    steps = [cache.step([5], [1]), cache.step([1], [9])]
+    before = snapshot(cache)
+    arguments = (request_, *rows(length), 1)
+    try:
+        with Failing(operation):
+            cache.fill(*arguments)
+    except MemoryError:
+        assert_unchanged(cache, before)
+        for step in steps:
+            use(step, 0)
+        assert cache.length(5) == 6 and cache.length(1) == 9
+    else:
+        assert operation == "zeros" and length < 70  # only a growing table needs it
+
+
+@pytest.mark.parametrize("operation", ["outer", "to", "tensor", "arange", "index_select", "zeros", "repeat_interleave"])
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("lengths", [[1, 1, 1], [2, 70, 5]], ids=str)
+def test_a_step_that_fails_changes_nothing(operation, number, lengths):
+    """The `number`th call of an operation fails: growing RoPE's table, the device's tensors, the block table."""
+    cache = make(60, cfg=LONG)
+    cache.fill(5, *rows(5))
+    older = [cache.step([5, 6], [1, 3]), cache.step([7], [2])]
+    before = snapshot(cache)
+    failing = Failing(operation, number)
+    cache._rope._table = cache._rope._table[:0]  # as after many more positions: the table must grow
+    try:
+        with failing:
+            cache.step([5, 7, 8], lengths)
+    except MemoryError as error:
+        kept = error  # its traceback holds the frames, as a debugger or a log would
+        assert_unchanged(cache, before)
+        for step in older:
+            use(step)
+        assert (cache.length(5), cache.length(6), cache.length(7)) == (6, 3, 2)
+        del kept
+    else:
+        assert failing.calls <= number
+    use(cache.step([5, 7, 8], lengths))
+    held = sum(-(-cache.length(request) // cache.page_size) for request in cache.requests)
+    gc.collect()
+    assert cache.num_free_pages == 60 - held
 
 
 # A step's tensors

@@ -249,7 +249,55 @@ def test_scales_of_another_shape_are_refused(shape):
         checkpoint.dequantise(torch.zeros(200, 256).to(torch.float8_e4m3fn), torch.ones(shape))
 
 
+@pytest.mark.parametrize("block", [[128], [128, 0], [128, 128, 1], ["128", 128], 128, [True, True], {}])
+def test_a_bad_block_size_is_named(tmp_path, block):
+    stored, _ = quantised(attention())
+    write(tmp_path, named(stored, 0), {**CONFIG, "quantization_config": {"weight_block_size": block}})
+    with pytest.raises(ValueError, match=r"weight_block_size .*two positive ints"):
+        MLA.from_pretrained(tmp_path)
+
+
+def test_a_block_size_is_not_asked_for_without_fp8(tmp_path):
+    weights = attention()
+    write(tmp_path, named(weights, 0), {**CONFIG, "quantization_config": {"weight_block_size": [64]}})
+    assert_holds(MLA.from_pretrained(tmp_path), weights)
+
+
 # What is missing or wrong
+
+
+@pytest.mark.parametrize("name", ["g_proj.weight", "sinks", "k_rope_only_layernorm.weight", "q_proj.input_scale"])
+@pytest.mark.parametrize("dtype", [None, F32])
+def test_a_tensor_that_mla_does_not_have(tmp_path, name, dtype):
+    """A gate, sinks, another norm: what an MLA of another kind multiplies with."""
+    write(tmp_path, named({**attention(), name: torch.zeros(2)}, 7))
+    with pytest.raises(ValueError, match=f"layer 7 of .*does not have.*: {name}$"):
+        MLA.from_pretrained(tmp_path, layer=7, dtype=dtype)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text"])
+@pytest.mark.parametrize("shards", [0, 2])
+def test_a_damaged_file_is_named(tmp_path, shards, damage):
+    write(tmp_path, named(attention(), 0), shards=shards)
+    file = sorted(tmp_path.glob("*.safetensors"))[-1]
+    content = {"cut": file.read_bytes()[:-100], "empty": b"", "text": b"version https://git-lfs.github.com/spec/v1\n"}
+    file.write_bytes(content[damage])
+    with pytest.raises(ValueError, match=rf"{file.name}' is not a valid safetensors file"):
+        MLA.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments, kind, message",
+    [
+        ({"dtype": "bf16"}, TypeError, "dtype must be one of .*got 'bf16'"),
+        ({"dtype": torch.int32}, TypeError, "dtype must be one of .*got torch.int32"),
+        ({"device": "nosuch"}, ValueError, "device must be .*got 'nosuch'"),
+    ],
+)
+def test_a_bad_argument_is_named(tmp_path, arguments, kind, message):
+    write(tmp_path, named(attention(), 0))
+    with pytest.raises(kind, match=message):
+        MLA.from_pretrained(tmp_path, **arguments)
 
 
 def test_a_layer_that_does_not_exist(tmp_path):

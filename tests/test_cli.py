@@ -67,6 +67,13 @@ def test_cli_env_comes_out_with_a_wrong_setting(machine, capsys, monkeypatch):
     assert "nvidla" in run(capsys, "env")
 
 
+def test_cli_env_states_the_override_without_a_device(machine, capsys, monkeypatch):
+    monkeypatch.setenv("NTOPS_MLA_PLATFORM", "metax")
+    data = json.loads(run(capsys, "env", "--json"))
+    assert data["platform"]["name"] == "metax" and "NTOPS_MLA_PLATFORM=metax" in data["platform"]["reason"]
+    assert data["device"]["device"] == "cpu"
+
+
 def test_cli_env_comes_out_with_a_broken_platform_file(capsys, monkeypatch):
     def broken():
         raise RuntimeError("platform file toy.py is broken")
@@ -116,6 +123,21 @@ def test_cli_refuses(capsys, arguments, message):
         main(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["explain", "mla_decode", "--platform", "nvidia", "--dtype", "float8_e4m3fn"], "got torch.float8_e4m3fn"),
+        (["explain", "mla_encode"], "no op 'mla_encode'"),
+    ],
+)
+def test_cli_says_it_in_one_line(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and line.startswith("python -m ntops_mla explain: error: ")
 
 
 def test_cli_as_a_module():

@@ -120,6 +120,8 @@ BAD_FIELDS = [
     ({"rope_scaling": without(YARN, "original_max_position_embeddings")}, ValueError, "original_max_position"),
     ({"rope_scaling": {**YARN, "original_max_position_embeddings": 0, "factor": None}}, ValueError, "original_max"),
     ({"rope_scaling": {**YARN, "original_max_position_embeddings": "1", "factor": None}}, ValueError, "original_max"),
+    ({"rope_scaling": YARN, "rope_theta": 1.0}, ValueError, "rope_theta must be above 1 .*yarn.*got 1.0"),
+    ({"rope_scaling": YARN, "rope_theta": 0.5}, ValueError, "rope_theta must be above 1"),
     ({"rope_scaling": {"full_attention": YARN, "sliding_attention": YARN}}, ValueError, "full_attention"),
 ]
 
@@ -212,7 +214,7 @@ BARE = without(R1, "rope_scaling", "rope_theta")
         ({"q_lora_rank": 0}, {"q_lora_rank": None}),
         ({"rms_norm_eps": 1e-5}, {"rms_norm_eps": 1e-6}),
         ({"max_position_embeddings": 99}, {"max_position_embeddings": 99}),
-        ({"mla_scale_q_lora": False, "mla_scale_kv_lora": None}, {}),
+        ({"mla_scale_q_lora": False, "mla_scale_kv_lora": None, "mla_use_nope": False}, {}),
     ],
 )
 def test_keys_of_config_json(change, expected):
@@ -236,6 +238,16 @@ def test_all_missing_keys_are_named():
     [
         ({"mla_scale_q_lora": True}, "mla_scale_q_lora"),
         ({"mla_scale_kv_lora": 1.5}, "mla_scale_kv_lora"),
+        ({"mla_use_nope": True}, "mla_use_nope"),
+        ({"model_type": "kimi_linear"}, "kimi_linear.*no rotary embedding"),
+        ({"model_type": "longcat_flash"}, "longcat_flash.*multiplies q and kv"),
+        ({"model_type": "longcat_flash_ngram"}, "longcat_flash_ngram.*multiplies q and kv"),
+        ({"model_type": "hy_v4"}, "hy_v4.*sinks"),
+        ({"model_type": "axk2"}, "axk2.*gates"),
+        ({"model_type": "bailing_hybrid"}, "bailing_hybrid.*gates"),
+        ({"model_type": "dots3_note_text"}, "dots3_note_text.*factors"),
+        ({"model_type": "glm5_next_text"}, "glm5_next_text.*no rotary embedding"),
+        ({"model_type": "mistral_large4_text"}, "mistral_large4_text.*by position"),
         ({"rope_scaling": {"type": "longrope", "long_factor": [1.0]}}, "longrope"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "linear"),
         ({"rope_scaling": {"type": "yarn", **without(YARN, "rope_type"), "llama_4_scaling_beta": 1}}, "llama_4"),
@@ -246,6 +258,16 @@ def test_all_missing_keys_are_named():
 def test_what_is_not_supported_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         MLAConfig.from_dict({**BARE, **change})
+
+
+@pytest.mark.parametrize("inner, outer", [("kimi_linear", "kimi_vl"), ("deepseek_v3", "longcat_flash_omni")])
+def test_a_variant_in_a_multimodal_config_is_named(inner, outer):
+    with pytest.raises(ValueError, match=r"kimi_linear|longcat_flash_omni"):
+        MLAConfig.from_dict({"model_type": outer, "text_config": {**BARE, "model_type": inner}})
+
+
+def test_rope_theta_of_one_without_scaling():
+    assert MLAConfig(**SIZES, rope_theta=1.0).rope_theta == 1.0
 
 
 def test_sparse_selection_warns():

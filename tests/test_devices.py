@@ -36,7 +36,7 @@ def test_nvidia(machine):
     found = detect("cuda:0")
     assert found.platform.name == "nvidia"
     assert found.device == torch.device("cuda:0")
-    assert "12.4" in found.reason
+    assert "device name 'NVIDIA H200'" in found.reason
 
 
 @pytest.mark.parametrize("board", [{}, {"name": "MXC500", "maca": None}, {"maca": None}, {"name": "unnamed"}], ids=str)
@@ -60,12 +60,25 @@ def test_iluvatar_although_torch_version_cuda_is_set(machine, board):
     assert "corex" in found.reason or "name" in found.reason
 
 
-def test_iluvatar_by_neither_mark_would_be_nvidia(machine):
-    """The reason tells what decided, so that a wrong answer can be understood."""
-    machine.iluvatar(name="unnamed", corex=False)
+@pytest.mark.parametrize("board", ["Biren BR104", "unnamed"])
+def test_what_imitates_cuda_is_not_nvidia(machine, board):
+    """The reason tells what was seen, so that a wrong answer can be understood."""
+    machine.iluvatar(name=board, corex=False)
     found = detect("cuda:0")
-    assert found.platform.name == "nvidia"
-    assert "torch.version.cuda is '10.2'" in found.reason
+    assert found.platform is None
+    assert board in found.reason and "torch.version.cuda '10.2'" in found.reason
+    with pytest.raises(DeviceNotFoundError, match="cuda:0 belongs to no platform"):
+        find_device("nvidia")
+    assert best_device().platform.name == "cpu"
+
+
+@pytest.mark.parametrize(
+    "name", ["NVIDIA A100-SXM4-40GB", "A100-SXM4-40GB", "Tesla V100-SXM2-16GB", "GeForce RTX 3090"]
+)
+def test_nvidia_by_its_name(machine, name):
+    machine.nvidia(name=name)
+    found = detect("cuda:0")
+    assert found.platform.name == "nvidia" and name in found.reason
 
 
 def test_moore(machine):
@@ -123,7 +136,8 @@ def test_no_accelerator_at_all(machine):
 def test_a_name_that_cannot_be_had_is_in_the_reason(machine):
     machine.nvidia().query_raises("get_device_name", RuntimeError("driver is too old\nsecond line"))
     found = detect("cuda:0")
-    assert found.platform.name == "nvidia"  # torch.version.cuda says so
+    assert found.platform.name == "nvidia"  # torch.version.cuda says so, and nothing else can
+    assert "torch.version.cuda is '12.4'" in found.reason
     assert "get_device_name raised RuntimeError: driver is too old" in found.reason
     assert "\n" not in found.reason
 
@@ -166,6 +180,18 @@ def test_an_override_decides(machine, monkeypatch, name, expected):
 def test_an_override_decides_for_the_cpu_too(machine, monkeypatch):
     monkeypatch.setenv("NTOPS_MLA_PLATFORM", "metax")
     assert detect("cpu").platform.name == "metax"
+
+
+@pytest.mark.parametrize("name", ["metax", "cpu"])
+def test_the_best_device_states_the_override(machine, monkeypatch, name):
+    monkeypatch.setenv("NTOPS_MLA_PLATFORM", name)
+    best = best_device()
+    assert (best.platform.name, best.device) == (name, torch.device("cpu"))
+    assert best.reason.startswith(f"NTOPS_MLA_PLATFORM={name}; no accelerator works")
+    machine.nvidia()
+    best = best_device()
+    assert best.platform.name == name and f"NTOPS_MLA_PLATFORM={name}" in best.reason
+    assert best.device == torch.device("cuda:0" if name == "metax" else "cpu")
 
 
 def test_a_wrong_override_is_a_value_error_that_lists_the_names(machine, monkeypatch):

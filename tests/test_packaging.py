@@ -79,11 +79,15 @@ def sdist(copy, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("unpacked")
+    source = unpacked(sdist, tmp_path_factory.mktemp("unpacked"))
+    return backend("build_wheel", source, tmp_path_factory.mktemp("wheel") / "out")
+
+
+def unpacked(sdist, folder):
     with tarfile.open(sdist) as archive:
         archive.extractall(folder)
     (source,) = folder.iterdir()
-    return backend("build_wheel", source, tmp_path_factory.mktemp("wheel") / "out")
+    return source
 
 
 @pytest.fixture
@@ -126,6 +130,7 @@ def test_sdist_holds_each_file_once(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     assert {f"platforms/{name}.py" for name in PLATFORMS} | {"kernels/README.md", "requirements-test.txt"} <= names
+    assert {".ci/run", "benchmarks/dispatch_overhead.py", "scripts/bootstrap.py"} <= names
     assert not [name for name in names if name.startswith(("ntops_mla/kernels", "ntops_mla/platforms"))]
 
 
@@ -142,6 +147,16 @@ def test_plain_install(copy, tmp_path):
     options = ("-q", "--no-deps", "--no-build-isolation", "--target", target)
     run(sys.executable, "-m", "pip", "install", *options, copy(), cwd=tmp_path)
     check(run(sys.executable, "-c", REPORT, cwd=tmp_path, path=[target, *SITE]), target, foreign_kernels())
+
+
+def test_editable_install_of_an_unpacked_sdist(sdist, environment, tmp_path):
+    """It holds no links, so that each file is there once; then it is a checkout like any other."""
+    source = unpacked(sdist, tmp_path / "unpacked")
+    options = ("-q", "--no-deps", "--no-build-isolation", "-e", source)
+    run(environment, "-m", "pip", "install", *options, cwd=tmp_path)
+    check(run(environment, "-c", REPORT, cwd=tmp_path), source, foreign_kernels())
+    check(run(sys.executable, "-c", REPORT, cwd=tmp_path, path=[source, *SITE]), source, foreign_kernels() or "None")
+    assert os.readlink(source / "ntops_mla" / "kernels") == "../kernels"
 
 
 @pytest.mark.parametrize("mode", ["default", "compat", "strict"])

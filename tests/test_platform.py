@@ -173,6 +173,12 @@ def test_limits(name, capability, arch, shared_memory, lanes):
         assert (limits.arch, limits.shared_memory.value, limits.lanes.value) == (arch, shared_memory, lanes)
 
 
+def test_moore_ignores_num_stages_on_the_s4000_only():
+    limits = {limits.arch: [note.value for note in limits.notes] for limits in get_platform("moore").limits}
+    assert any("num_stages above 1 is ignored below capability 3.1" in note for note in limits["MTT S4000"])
+    assert not any("num_stages" in note for note in limits["MTT S5000"])
+
+
 def test_a_warp_fits_the_block_on_metax_and_iluvatar():
     assert get_platform("metax").limits_for((8, 0)).max_warps.value == 8
     assert get_platform("iluvatar").limits_for(None).max_warps.value == 16
@@ -265,7 +271,7 @@ def test_a_registered_platform_works(machine, toy):
 
 
 def test_registering_is_seen_at_once(machine):
-    machine.nvidia(name="Toyota T1")
+    machine.nvidia(name="NVIDIA Toyota T1")
     assert detect("cuda:0").platform.name == "nvidia"
     register_platform(made_up())
     try:

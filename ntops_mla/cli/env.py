@@ -82,7 +82,7 @@ def _triton() -> dict[str, str | None]:
 
 def _device(found: platforms.Detection) -> dict[str, Any]:
     errors = []
-    if found.platform.markers.device_type != "cpu":  # for the driver's target; a CPU has none
+    if found.device.type != "cpu":  # for the driver's target; a CPU has none
         try:
             importlib.import_module("triton")
         except Exception as error:  # a report must come out whatever a vendor's import does

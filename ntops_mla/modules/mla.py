@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ntops_mla import checkpoint, ops
-from ntops_mla.cache import Step
+from ntops_mla.cache import DTYPES, Step, check_device, check_dtype
 from ntops_mla.config import MLAConfig
 from ntops_mla.modules.rope_rows import permute_rope_rows
 from ntops_mla.ops._attention import merge
@@ -32,6 +32,10 @@ class MLA(nn.Module):
     where `cfg.rope_interleave` is False; the parameters themselves are in pairs. Inference only: no gradient is
     recorded.
 
+    The absorbed form works on copies derived from kv_b_proj.weight. They follow a new parameter, `load_state_dict`,
+    `.to` and every change in place that torch counts; a write past that count, through `weight.data`, numpy or DLPack,
+    or in place in an inference tensor, is not seen: call `weights_changed()` after it.
+
     Source: arXiv 2405.04434, section 2.1; transformers models/deepseek_v3; deepseek-ai/DeepSeek-V3 inference/model.py.
     """
 
@@ -49,6 +53,8 @@ class MLA(nn.Module):
             raise TypeError(f"layer_idx must be an int, got {layer_idx!r}")
         if layer_idx < 0:
             raise ValueError(f"layer_idx must not be negative, got {layer_idx}")
+        check_device(device)
+        check_dtype(torch.get_default_dtype() if dtype is None else dtype)
         self.cfg = cfg
         self.layer_idx = layer_idx
         made = {"device": device, "dtype": dtype}
@@ -86,9 +92,12 @@ class MLA(nn.Module):
         """Load one layer's attention out of a Hugging Face directory (sharded or not, bfloat16 or FP8 with scales).
 
         layer: the checkpoint's; layer_idx: the cache's, the same unless given. dtype: the checkpoint's unless given
-        (FP8: bfloat16). Raises FileNotFoundError (directory, config.json, shard), KeyError (tensor), ValueError (layer,
-        config).
+        (FP8: bfloat16). Raises FileNotFoundError (directory, config.json, shard), KeyError (tensor), TypeError (dtype),
+        ValueError (layer, config, damaged file, a tensor of the attention that MLA does not have).
         """
+        check_device(device)
+        if dtype is not None:
+            check_dtype(dtype)
         cfg = MLAConfig.from_pretrained(path)
         weights = checkpoint.load_attention(path, layer, dtype)
         if dtype is None and "kv_b_proj.weight" in weights:
@@ -103,21 +112,29 @@ class MLA(nn.Module):
     def from_module(cls, attention: nn.Module) -> MLA:
         """Build from a transformers attention (DeepseekV2Attention, DeepseekV3Attention, ...), sharing its weights.
 
-        Where the module rotates halves, q and kv_a are permuted copies. Raises ValueError where it is not an MLA.
+        Where the module rotates halves, q and kv_a are permuted copies. Raises ValueError where it is not an MLA, or
+        one that computes more than this class: other parameters than ours (but an indexer's, which is left out),
+        factors on q or kv, a model type that `MLAConfig.from_dict` refuses.
         """
         if not isinstance(attention, nn.Module) or not hasattr(attention, "kv_a_proj_with_mqa"):
             raise ValueError(f"attention must be a transformers MLA attention, got {type(attention).__name__}")
+        kind = type(attention).__name__
+        if not hasattr(getattr(attention, "config", None), "to_dict"):
+            raise ValueError(f"attention must have its model's config, but {kind}.config has no to_dict")
         cfg = MLAConfig.from_dict(attention.config.to_dict())
-        norm = attention.kv_a_layernorm
+        factors = sorted(name for name in vars(attention) if name.startswith("mla_scale_"))
+        if factors:
+            raise ValueError(f"attention {kind} multiplies q or kv by factors that MLA does not have: {_list(factors)}")
+        norm = getattr(attention, "kv_a_layernorm", None)
         cfg = dataclasses.replace(cfg, rms_norm_eps=getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-6)))
         scale = getattr(attention, "scaling", cfg.softmax_scale)
         if abs(scale - cfg.softmax_scale) > 1e-6:
             raise ValueError(f"attention scales its scores by {scale}, its config says {cfg.softmax_scale}")
         mla = cls(cfg, attention.layer_idx or 0, device="meta")
+        theirs = _own_parameters(attention, mla)
         for name, child in mla.named_children():
-            source = getattr(attention, name)
             for key in dict(child.named_parameters()):
-                parameter = getattr(source, key)
+                parameter = theirs[f"{name}.{key}"]
                 permuted = None if cfg.rope_interleave else permute_rope_rows(cfg, f"{name}.{key}", parameter.detach())
                 setattr(child, key, parameter if permuted is None else nn.Parameter(permuted, requires_grad=False))
         return mla.train(attention.training)
@@ -262,6 +279,10 @@ class MLA(nn.Module):
         k_nope, v = kv.split([cfg.qk_nope_head_dim, cfg.v_head_dim], -1)
         return torch.cat([k_nope, pe[:, None].expand(-1, heads.stop - heads.start, -1)], -1), v
 
+    def weights_changed(self) -> None:
+        """Drop what is derived from the weights: call it after a write that torch does not count (see the class)."""
+        self._absorption = None
+
     def _absorption_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """W_UK `[H, Dnope, C]` and W_UV `[H, C, Dv]`, contiguous: on views of kv_b_proj bmm is up to 9 times slower."""
         weight = self.kv_b_proj.weight
@@ -290,22 +311,48 @@ class MLA(nn.Module):
     def _apply(self, fn, recurse=True):
         # .to(), .cuda(), .to_empty() move every parameter by itself.
         super()._apply(fn, recurse)
-        self._absorption = None
+        self.weights_changed()
         self._join_projections()
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # Called with this module's entries before its children read theirs.
         if not self.cfg.rope_interleave:
+            shapes = {name: parameter.shape for name, parameter in self.named_parameters()}
             for key in [key for key in state_dict if key.startswith(prefix)]:
-                permuted = permute_rope_rows(self.cfg, key.removeprefix(prefix), state_dict[key])
+                name, value = key.removeprefix(prefix), state_dict[key]
+                if name not in shapes or getattr(value, "shape", None) != shapes[name]:
+                    continue  # torch's own error names it
+                permuted = permute_rope_rows(self.cfg, name, value)
                 if permuted is not None:
                     state_dict[key] = permuted
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._absorption = None  # inference tensors do not count their versions
+        self.weights_changed()  # inference tensors do not count their versions
 
     def extra_repr(self) -> str:
         return f"layer_idx={self.layer_idx}"
+
+
+def _own_parameters(attention: nn.Module, mla: MLA) -> dict[str, nn.Parameter]:
+    """The attention's parameters by name: ours, in our shapes, and no others but an indexer's; else ValueError."""
+    kind = type(attention).__name__
+    theirs = {name: value for name, value in attention.named_parameters() if not name.startswith("indexer.")}
+    ours = dict(mla.named_parameters())
+    if missing := [name for name in ours if name not in theirs]:
+        raise ValueError(f"attention {kind} lacks parameters that its config says it has: {_list(missing)}")
+    if more := [name for name in theirs if name not in ours]:
+        raise ValueError(f"attention {kind} has parameters that MLA does not have: {_list(more)}")
+    for name, value in theirs.items():
+        if value.shape != ours[name].shape or value.dtype not in DTYPES:
+            raise ValueError(
+                f"attention {kind}: {name} must be {list(ours[name].shape)} by its config, of "
+                f"{_list(map(str, DTYPES))}, got {list(value.shape)} of {value.dtype}"
+            )
+    return theirs
+
+
+def _list(names) -> str:
+    return ", ".join(names)
 
 
 def _follows(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -38,8 +38,10 @@ def attend(
 def _attend_by_rows(q, k, v, scale, mask, causal):
     """The same from matrix products, a block of rows at a time, where no fused kernel returns the lse."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    # [B, H, D, Lk], [B, H, Lk, Dv]
-    kt, v = k.to(wide).transpose(-1, -2), v.to(wide)
+    # Keys that are the values too are widened once. [B, H, D, Lk], [B, H, Lk, Dv]
+    same = v is k
+    k = k.to(wide)
+    kt, v = k.transpose(-1, -2), k if same else v.to(wide)
     batch, heads, rows, _ = q.shape
     keys = k.shape[-2]
     out = torch.empty(batch, heads, rows, v.shape[-1], dtype=q.dtype, device=q.device)

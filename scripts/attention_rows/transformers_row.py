@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 
 import torch
 
@@ -17,8 +18,13 @@ def unavailable() -> str | None:
         version = importlib.metadata.version("transformers")
     except importlib.metadata.PackageNotFoundError:
         return "transformers is not installed"
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST:
         return f"transformers {version} is older than {'.'.join(map(str, OLDEST))}"
+    try:
+        from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention  # noqa: F401
+    except Exception as error:  # whatever a package that does not fit this torch, or this numpy, may raise
+        said = (str(error).strip().splitlines() or ["no message"])[0]
+        return f"transformers {version} does not import: {type(error).__name__}: {said}"
     return None
 
 
