@@ -4,6 +4,10 @@ from ntops_mla._torch_version import require_torch
 
 require_torch()
 
+from ntops_mla import interpreter  # noqa: E402
+
+interpreter.announce()  # before anything below could import Triton
+
 from ntops_mla import ops  # noqa: E402
 from ntops_mla.cache import CacheFull, LatentCache, Step  # noqa: E402
 from ntops_mla.config import MLAConfig  # noqa: E402

@@ -1,8 +1,8 @@
 """The only place that chooses which implementation of an op runs, and that can say why.
 
-choose: explicit override -> platform known -> the platform's gate for (op, dtype) -> the op's `supports()` -> an
-earlier failure of this kernel here -> kernel. A choice is made once per (op, device, dtypes, sizes, override) and kept,
-so that a call pays a dictionary look-up.
+choose: explicit override -> platform known -> the platform's gate for (op, dtype) -> the op's `supports()` -> the
+board's limits and Triton, and a tile for it -> an earlier failure of this kernel here -> kernel. A choice is made once
+per (op, device, dtypes, sizes, override) and kept, so that a call pays a dictionary look-up.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ntops_mla import board as boards
+from ntops_mla import interpreter
 from ntops_mla import platform as platforms
+from ntops_mla.board import Board
 from ntops_mla.platform import Platform
 
 BACKENDS = ("auto", "kernel", "reference")
@@ -58,9 +61,9 @@ class OpSpec:
     """What dispatch needs of an op.
 
     `key(*args)` -> (dtypes, sizes): hashable, all that a choice may depend on. `supports(platform, dtypes, sizes)` ->
-    None or the reason why the kernel cannot take them. `kernel(platform, *args)` launches, None where there is no
-    kernel. `through_float32(kernel, platform, args)` runs it behind a `float32` gate where casting every argument will
-    not do.
+    None or the reason why the kernel cannot take them. `tiles(board, dtypes, sizes)` -> [(kernel, its tile or None)] of
+    the kernels that a call needs. `kernel(board, *args)` launches, None where there is no kernel.
+    `through_float32(kernel, board, args)` runs it behind a `float32` gate where casting every argument will not do.
     """
 
     name: str
@@ -69,6 +72,7 @@ class OpSpec:
     supports: Callable[[Platform, tuple, tuple], str | None]
     kernel: Callable[..., Any] | None = None
     through_float32: Callable[..., Any] | None = None
+    tiles: Callable[..., list] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ _override: ContextVar[Settings | None] = ContextVar("ntops_mla_settings", defaul
 _environment: Settings | None = None
 _decisions: dict[tuple, _Decision] = {}
 _failures: dict[tuple, str] = {}
+_warned: set[tuple] = set()  # failures that a warning told of
 _lock = threading.Lock()
 
 
@@ -143,6 +148,22 @@ def reset() -> None:
         _environment = None
         _decisions.clear()
         _failures.clear()
+        _warned.clear()
+        boards.forget()
+
+
+@contextlib.contextmanager
+def record() -> Iterator[dict[str, Choice]]:
+    """Collect what runs inside the `with` block, on any thread: op -> the `Choice` of its latest call."""
+    ran: dict[str, Choice] = {}
+    _recorders.append(ran)
+    try:
+        yield ran
+    finally:
+        _recorders[:] = [recorder for recorder in _recorders if recorder is not ran]
+
+
+_recorders: list[dict[str, Choice]] = []
 
 
 class _Decision(NamedTuple):
@@ -157,7 +178,14 @@ def call(op: OpSpec, device: torch.device, args: tuple) -> Any:
     decision = _decisions.get(key)
     if decision is None:
         decision = _decide(op, device, dtypes, sizes)
-    return decision.run(*args)
+    if not _recorders:
+        return decision.run(*args)
+    result = decision.run(*args)
+    # A kernel that failed in this very call has been decided anew.
+    decision = _decisions.get(key) or _decide(op, device, dtypes, sizes)
+    for ran in _recorders:
+        ran[op.name] = decision.choice
+    return result
 
 
 def explain(op: OpSpec, device: torch.device, args: tuple, platform: Platform | None = None) -> Choice:
@@ -185,6 +213,8 @@ def _choose(
     reasons, mode = _objections(op, detection, dtypes, sizes)
     if not reasons:
         reason = "the platform's kernel" if mode == "native" else "the platform's kernel, inputs cast to float32"
+        if detection.device is not None and interpreter.enabled():
+            reason += ", in Triton's interpreter"
         return Choice(op.name, name, "kernel", reason), mode
     if now.backend == "kernel":
         raise BackendUnavailableError(
@@ -203,13 +233,15 @@ def _objections(
     platform, device = detection.platform, detection.device
     if platform is None:
         return [f"no platform file recognises this device: {detection.reason}"], None
-    reasons = []
+    reasons, interpreted = [], device is not None and interpreter.enabled()
     markers = platform.markers
-    if device is not None and device.type not in (markers.device_type, *markers.also_device_types):
+    if device is not None and not interpreted and device.type not in (markers.device_type, *markers.also_device_types):
         reasons.append(f"tensors on {device.type}, where a kernel for {platform.name} cannot run ({detection.reason})")
+    if interpreted and device.type != "cpu":
+        reasons.append(f"tensors on {device.type}: Triton's interpreter is for CPU tensors")
     modes = {}
     for dtype in dtypes:
-        gate = platform.gate(op.name, dtype)
+        gate = platform.gate(op.name, dtype, interpreted)
         modes[gate.mode] = gate
         if gate.mode == "reference":
             reasons.append(f"gate of {platform.name} for {op.name} in {_name(dtype)}: {gate.reason}")
@@ -219,10 +251,37 @@ def _objections(
     unsupported = op.supports(platform, dtypes, sizes)
     if unsupported is not None:
         reasons.append(unsupported)
-    failure = _failures.get((op.name, platform.name, dtypes, sizes))
+    if op.tiles is not None and not reasons:  # looking at the board imports Triton: not where nothing comes of it
+        reasons += _limits(op, boards.board_of(detection), _computed(dtypes, mode), sizes)
+    failure = _failures.get(_failure_key(op, detection, dtypes, sizes))
     if failure is not None:
         reasons.append(f"the kernel failed here before: {failure}")
     return reasons, mode
+
+
+def _limits(op: OpSpec, board: Board, dtypes: tuple, sizes: tuple) -> list[str]:
+    """What the board cannot do: its Triton, a tile for it, the tile's warps."""
+    if board.problem is not None:
+        return [board.problem]
+    reasons = []
+    for kernel, tile in op.tiles(board, dtypes, sizes):
+        if tile is None:
+            reasons.append(f"no tile of {kernel} for {', '.join(map(_name, dtypes))} and these sizes on {board}")
+        elif board.limits is not None and tile.num_warps > (board.limits.max_warps.value or tile.num_warps):
+            reasons.append(
+                f"the tile of {kernel} takes {tile.num_warps} warps, {board} at most {board.limits.max_warps.value}"
+            )
+    return reasons
+
+
+def _computed(dtypes: tuple, mode: str) -> tuple:
+    """The dtypes that the kernel sees."""
+    return (torch.float32,) * len(dtypes) if mode == "float32" else dtypes
+
+
+def _failure_key(op: OpSpec, detection: platforms.Detection, dtypes: tuple, sizes: tuple) -> tuple:
+    """Where a failure counts: the same device, which stands for its architecture."""
+    return op.name, detection.platform and detection.platform.name, detection.device, dtypes, sizes
 
 
 def _decide(op: OpSpec, device: torch.device, dtypes: tuple, sizes: tuple) -> _Decision:
@@ -230,9 +289,12 @@ def _decide(op: OpSpec, device: torch.device, dtypes: tuple, sizes: tuple) -> _D
     detection = _detect(device, now)
     choice, mode = _choose(op, detection, dtypes, sizes, now)
     if choice.backend == "reference":
+        failure_key = _failure_key(op, detection, dtypes, sizes)
+        if mode != "reference" and failure_key in _failures:  # met under strict mode, which raised instead of warning
+            _warn_once(failure_key, _failures[failure_key])
         decision = _Decision(choice, op.reference)
         return _remember((op, device, dtypes, sizes, now, platforms.generation), decision)
-    launch = _Launch(op, detection.platform, dtypes, sizes, mode)
+    launch = _Launch(op, detection, dtypes, sizes, mode)
     return _remember((op, device, dtypes, sizes, now, platforms.generation), _Decision(choice, launch))
 
 
@@ -247,17 +309,19 @@ def _remember(key: tuple, decision: _Decision) -> _Decision:
 class _Launch:
     """A kernel with its gate; a failure to compile or to fit is remembered, warned once, and falls back to PyTorch."""
 
-    def __init__(self, op: OpSpec, platform: Platform, dtypes: tuple, sizes: tuple, mode: str) -> None:
-        self._op, self._platform, self._mode = op, platform, mode
-        self._failure_key = (op.name, platform.name, dtypes, sizes)
+    def __init__(self, op: OpSpec, detection: platforms.Detection, dtypes: tuple, sizes: tuple, mode: str) -> None:
+        self._op, self._platform, self._board = op, detection.platform, boards.board_of(detection)
+        # Inputs that are float32 already need no casts around the kernel.
+        self._native = mode == "native" or all(dtype == torch.float32 for dtype in dtypes)
+        self._failure_key = _failure_key(op, detection, dtypes, sizes)
 
     def __call__(self, *args: Any) -> Any:
         op = self._op
         try:
-            if self._mode == "native":
-                return op.kernel(self._platform, *args)
+            if self._native:
+                return op.kernel(self._board, *args)
             through = op.through_float32 or _through_float32
-            return through(op.kernel, self._platform, args)
+            return through(op.kernel, self._board, args)
         except Exception as error:
             if _is_device_error(error):
                 raise
@@ -267,7 +331,6 @@ class _Launch:
         op, name = self._op, self._platform.name
         reason = f"{type(error).__name__}: {_first_line(error)}"
         with _lock:
-            known = self._failure_key in _failures
             _failures[self._failure_key] = reason
             _decisions.clear()
         now = settings()
@@ -277,22 +340,27 @@ class _Launch:
             ) from error
         if now.strict:
             raise StrictFallbackError(f"strict mode: {op.name}: the kernel failed on {name}: {reason}") from error
-        if not known:
-            warnings.warn(
-                f"the kernel of {op.name} failed on {name} and PyTorch runs in its place: {reason}",
-                KernelFallbackWarning,
-                stacklevel=2,
-            )
+        _warn_once(self._failure_key, reason)
         return op.reference(*args)
 
 
-def _through_float32(kernel: Callable[..., Any], platform: Platform, args: tuple) -> Any:
+def _warn_once(failure_key: tuple, reason: str) -> None:
+    with _lock:
+        known = failure_key in _warned
+        _warned.add(failure_key)
+    if not known:
+        op, platform = failure_key[:2]
+        message = f"the kernel of {op} failed on {platform} and PyTorch runs in its place: {reason}"
+        warnings.warn(message, KernelFallbackWarning, stacklevel=3)
+
+
+def _through_float32(kernel: Callable[..., Any], board: Board, args: tuple) -> Any:
     """The `float32` gate of an op that writes to none of its arguments: cast in, run, cast the value back.
 
     An op's first result is its value; what follows (lse) is float32 by contract.
     """
     dtype = next(a.dtype for a in args if isinstance(a, torch.Tensor) and a.dtype in _NARROW)
-    out = kernel(platform, *(a.float() if isinstance(a, torch.Tensor) and a.dtype in _NARROW else a for a in args))
+    out = kernel(board, *(a.float() if isinstance(a, torch.Tensor) and a.dtype in _NARROW else a for a in args))
     return (out[0].to(dtype), *out[1:]) if isinstance(out, tuple) else out.to(dtype)
 
 
@@ -301,16 +369,29 @@ _NARROW = (torch.float16, torch.bfloat16)
 
 # What a device reports after the fact: memory faults, asserts, a lost board. Falling back would hide a wrong result.
 _DEVICE_ERROR = re.compile(
-    r"(?i:illegal memory access|device-side assert|unspecified launch failure|misaligned address|hardware exception|"
-    r"uncorrectable|illegal instruction|out of memory)|\b[A-Z]{3,5} error\b"
+    r"(?i:illegal (memory access|address|instruction)|device-side assert|launch (failure|timed out)|misaligned address|"
+    r"invalid program counter|hardware (exception|stack)|uncorrectable|out of memory|\bmcError)|"
+    r"\b(CUDA|MUSA|HIP|MACA|COREX)( runtime)? error\b"
 )
+# Triton's driver raises these when it loads a kernel: nothing has run yet.
+_LOAD_ERROR = re.compile(r"(?i:device kernel image is invalid|no kernel image|no binary for gpu|invalid argument)")
+_TRITON_DRIVER_ERROR = re.compile(r"Triton Error \[\w+\]")
+_COMPILE_ERRORS = ("CompilationError", "CompileTimeAssertionFailure", "OutOfResources", "PTXASError",
+"UnsupportedLanguageConstruct")  # fmt: skip
 
 
 def _is_device_error(error: Exception) -> bool:
     # torch.AcceleratorError came with 2.8, torch.OutOfMemoryError with 2.5; before, both are RuntimeErrors with the
     # message.
     known = tuple(getattr(torch, name) for name in ("AcceleratorError", "OutOfMemoryError") if hasattr(torch, name))
-    return isinstance(error, (MemoryError, *known)) or _DEVICE_ERROR.search(str(error)) is not None
+    if isinstance(error, (MemoryError, *known)):
+        return True
+    if type(error).__name__ in _COMPILE_ERRORS and type(error).__module__.startswith("triton"):
+        return False
+    message = str(error)
+    if _TRITON_DRIVER_ERROR.search(message):
+        return not _LOAD_ERROR.search(message)
+    return _DEVICE_ERROR.search(message) is not None
 
 
 def _first_line(error: Exception) -> str:

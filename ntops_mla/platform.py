@@ -48,6 +48,7 @@ __all__ = [
     "Markers",
     "Platform",
     "Presence",
+    "Tile",
     "all_platforms",
     "best_device",
     "detect",
@@ -104,6 +105,9 @@ class Limits:
     max_warps: Fact  # largest num_warps of a launch
     lanes: Fact  # threads in a warp
     triton_target: Fact | None = None  # "backend:arch", as Triton's driver names it
+    # What public Triton compiles for in its place, where the target is not public: nearest in lanes and shared memory
+    stand_ins: tuple[str, ...] = ()
+    triton_min: Fact | None = None  # where it is newer than the platform's
     notes: tuple[Fact, ...] = ()
 
     def __post_init__(self) -> None:
@@ -130,6 +134,7 @@ class Markers:
     are names in `torch.version`, `torch_attributes` names in `torch` (dots allowed), `device_names` parts of the
     device's name, in any case. `device_type_decides`: no other platform uses this `torch.device` type.
     `also_device_types`: further types under which its boards may appear; there, another of the marks is needed.
+    `name_required`: the marks in torch are others' marks as well, and count only where the device's name cannot be had.
     """
 
     order: int
@@ -139,6 +144,7 @@ class Markers:
     device_names: tuple[str, ...] = ()
     device_type_decides: bool = False
     also_device_types: tuple[str, ...] = ()
+    name_required: bool = False
 
     def __post_init__(self) -> None:
         for name in ("version_attributes", "torch_attributes", "device_names", "also_device_types"):
@@ -147,6 +153,53 @@ class Markers:
         named = self.version_attributes or self.torch_attributes or self.device_names
         if not named and not self.device_type_decides:
             raise ValueError(f"Markers: nothing tells a {self.device_type} device of this platform from another one")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The numbers that a kernel is made with on some boards of a platform, and what shows that they are good.
+
+    `kernel` is a file of kernels/; `blocks` are arguments of its `premake`, `options` further launch options, as pairs.
+    The rest says where the tile fits: `arch` names of the platform's limits and `dtypes`, empty: all; `triton`: from
+    the first version on and before the second; `when`: for sizes of the call (rows, latent, ...) the least and the
+    greatest value, None: no end. A platform's first tile that fits is taken.
+    """
+
+    kernel: str
+    blocks: Mapping[str, int]
+    num_warps: int
+    num_stages: int
+    source: str
+    arch: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    triton: tuple[str | None, str | None] = (None, None)
+    when: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
+    options: tuple[tuple[str, object], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("num_warps", "num_stages"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"Tile({self.kernel!r}): {name} must be a positive integer, got {value!r}")
+        if not self.source.strip():
+            raise ValueError(f"Tile({self.kernel!r}): source must say what shows that the tile is good")
+        for name in ("arch", "dtypes", "options"):
+            if not isinstance(getattr(self, name), tuple):
+                raise TypeError(f"Tile({self.kernel!r}): {name} must be a tuple, got {getattr(self, name)!r}")
+        object.__setattr__(self, "blocks", MappingProxyType(dict(self.blocks)))
+        object.__setattr__(self, "when", MappingProxyType(dict(self.when)))
+
+    def fits(self, arch: str | None, dtype: str, triton: tuple[int, int] | None, sizes: Mapping[str, int]) -> bool:
+        """Whether the tile is for this architecture, dtype, Triton and call; None: any."""
+        since, before = (version and tuple(int(part) for part in version.split(".")[:2]) for version in self.triton)
+        return (
+            (not self.arch or arch is None or arch in self.arch)
+            and (not self.dtypes or dtype in self.dtypes)
+            and (triton is None or ((since is None or triton >= since) and (before is None or triton < before)))
+            and all(
+                low <= sizes[name] and (high is None or sizes[name] <= high) for name, (low, high) in self.when.items()
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -192,7 +245,10 @@ class CILane:
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: a platform exists once, and caches key on it
 class Platform:
-    """One accelerator family. `gates` maps an op or "*" to a mapping from a dtype's name or "*" to a `Gate`."""
+    """One accelerator family. `gates` maps an op or "*" to a mapping from a dtype's name or "*" to a `Gate`.
+
+    `interpreted_gates`, where given, hold in their place while Triton's interpreter runs the kernels.
+    """
 
     name: str
     title: str
@@ -205,6 +261,8 @@ class Platform:
     triton_min: Fact | None = None
     # How much longer a FLOP of attention takes than one of a projection: absorbed and expanded form are weighed by it.
     attention_flop_cost: Fact = Fact(1, "derived: both at the same rate, as on paper")
+    tiles: tuple[Tile, ...] = ()
+    interpreted_gates: Mapping[str, Mapping[str, Gate]] | None = None
     known_bad: tuple[Fact, ...] = ()
     launch_options: tuple[LaunchOption, ...] = ()
     notes: tuple[Fact, ...] = field(default=(), repr=False)
@@ -217,7 +275,7 @@ class Platform:
             raise ValueError(f"platform {self.name!r}: duplicate alias in {self.aliases!r}")
         _instances(self, "markers", (self.markers,), Markers)
         for name, kind in (
-            ("limits", Limits), ("known_bad", Fact), ("notes", Fact), ("launch_options", LaunchOption),
+            ("limits", Limits), ("tiles", Tile), ("known_bad", Fact), ("notes", Fact), ("launch_options", LaunchOption),
         ):  # fmt: skip
             if not isinstance(getattr(self, name), tuple):
                 raise TypeError(
@@ -232,17 +290,31 @@ class Platform:
         for dtype in {dtype for row in self.gates.values() for dtype in row} - {"*"}:
             if not isinstance(getattr(torch, dtype, None), torch.dtype):
                 raise ValueError(f"platform {self.name!r}: gates name {dtype!r}, which is no torch dtype")
-        frozen = {op: MappingProxyType(dict(row)) for op, row in self.gates.items()}
-        object.__setattr__(self, "gates", MappingProxyType(frozen))
+        known = {limits.arch for limits in self.limits}
+        for tile in self.tiles:
+            if unknown := set(tile.arch) - known:
+                raise ValueError(f"platform {self.name!r}: a tile of {tile.kernel} is for {unknown}, not in its limits")
+        for name in ("gates", "interpreted_gates"):
+            if getattr(self, name) is not None:
+                frozen = {op: MappingProxyType(dict(row)) for op, row in getattr(self, name).items()}
+                object.__setattr__(self, name, MappingProxyType(frozen))
 
-    def gate(self, op: str, dtype: torch.dtype) -> Gate:
+    def gate(self, op: str, dtype: torch.dtype, interpreted: bool = False) -> Gate:
         """The gate of `op` in `dtype`: the op's own row first, then the row "*", each by dtype, then by "*"."""
         name = str(dtype).removeprefix("torch.")
-        for row in (self.gates.get(op, {}), self.gates.get("*", {})):
+        gates = self.interpreted_gates if interpreted and self.interpreted_gates is not None else self.gates
+        for row in (gates.get(op, {}), gates.get("*", {})):
             for key in (name, "*"):
                 if key in row:
                     return row[key]
         return Gate("reference", f"{self.title}: nothing is known about {op} in {name}")
+
+    def tile(
+        self, kernel: str, arch: str | None, dtype: torch.dtype, triton: tuple[int, int] | None, **sizes: int
+    ) -> Tile | None:
+        """The first tile of `kernel` that fits; arch or triton None: any of them."""
+        name = str(dtype).removeprefix("torch.")
+        return next((t for t in self.tiles if t.kernel == kernel and t.fits(arch, name, triton, sizes)), None)
 
     def limits_for(self, capability: tuple[int, int] | None) -> Limits | None:
         """The limits of the newest architecture that is not newer than `capability`; None: ask the driver."""

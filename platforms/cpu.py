@@ -4,7 +4,14 @@ Triton has no CPU target in the releases this project is built on, so no kernel 
 interpreter, which is for checking numerics and not for use.
 """
 
-from ntops_mla.platform import CILane, Fact, Gate, Markers, Platform
+from ntops_mla.platform import CILane, Fact, Gate, Markers, Platform, Tile
+
+_COMPUTES = "the kernel computes in float32 inside"
+
+
+def _tile(kernel: str, **blocks: int) -> Tile:
+    return Tile(kernel, blocks, num_warps=4, num_stages=1, source="interpreted: any tile computes the same")
+
 
 PLATFORM = Platform(
     name="cpu",
@@ -17,6 +24,24 @@ PLATFORM = Platform(
             "*": Gate("reference", "PyTorch is the implementation on a CPU: Triton has no CPU target here"),
         },
     },
+    # Interpreted kernels are for checking numerics: small tiles, few programs.
+    interpreted_gates={
+        "*": {
+            "float32": Gate("native", _COMPUTES),
+            "float16": Gate("native", _COMPUTES),
+            "bfloat16": Gate("native", _COMPUTES),
+            "float64": Gate("reference", "the kernels compute in float32, which is less than float64 promises"),
+            "*": Gate("reference", "no kernel takes this dtype"),
+        },
+    },
+    tiles=(
+        _tile("rms_norm"),
+        _tile("rope", block_h=8),
+        _tile("latent_append"),
+        _tile("mla_decode", block_h=16, block_n=16, block_c=256),
+        _tile("mla_combine"),
+        _tile("mla_prefill", block_m=16, block_n=16),
+    ),
     ci=CILane(
         platform=None,
         runner="ubuntu-latest",

@@ -5,13 +5,24 @@ Its torch shows the device type and `torch.version.cuda` of NVIDIA, so it is ask
 below was tried on a board by this project.
 """
 
-from ntops_mla.platform import CILane, Fact, Gate, LaunchOption, Limits, Markers, Platform
+from ntops_mla.platform import CILane, Fact, Gate, LaunchOption, Limits, Markers, Platform, Tile
 
 _FLAGTREE = "flagos-ai/FlagTree:third_party/iluvatar/backend"
 _FLAGGEMS = "flagos-ai/FlagGems:src/flag_gems/runtime/backend/_iluvatar"
 _LEAD = "flagos-ai/FlagGems or flagos-ai/FlagGems-vllm, the vendor's own kernels; the exact line was not kept"
 _COMPUTES = "the kernel computes in float32 inside"
 _WRONG_DOT = Gate("reference", "some full-width float32 products were seen to be wrong on this platform")
+
+_HALF = ("bfloat16", "float16")
+# Chosen on the nearest public targets, for want of this one: no spills there, and shared memory within the limit.
+_STAND_IN = (
+    "derived: cross-compiled for gfx90a and gfx942, which have 64 lanes and 64 KB of shared memory too; never run here"
+)
+
+
+def _tile(kernel: str, warps: int, dtypes: tuple[str, ...] = (), arch: tuple[str, ...] = (), when=(), **blocks) -> Tile:
+    return Tile(kernel, blocks, warps, 1, _STAND_IN, arch=arch, dtypes=dtypes, when=dict(when))
+
 
 PLATFORM = Platform(
     name="iluvatar",
@@ -29,6 +40,7 @@ PLATFORM = Platform(
                 "cuda:70 or cuda:71 (Triton 3.1), corex:71 (Triton 3.6)",
                 f"{_FLAGTREE}/driver.py: get_current_target",
             ),
+            stand_ins=("hip:gfx90a", "hip:gfx942"),
             notes=(
                 Fact("peers' MLA decode tile: 32 heads, 64 keys, 8 warps, 1 stage", "flagos-ai/FlagGems-vllm"),
                 Fact("attention is run with 1 stage by peers", f"{_FLAGGEMS}/tune_configs.yaml"),
@@ -48,6 +60,20 @@ PLATFORM = Platform(
         "mla_decode": {"float32": _WRONG_DOT},
         "mla_prefill": {"float32": _WRONG_DOT},
     },
+    tiles=(
+        _tile("rms_norm", 4, when={"width": (1, 4096)}),
+        _tile("rms_norm", 8),
+        _tile("rope", 4, block_h=16),
+        _tile("latent_append", 4),
+        _tile("mla_combine", 4),
+        # 32 rows and 16 keys: the queries and a tile of keys take 55 KB where a compiler puts both into shared memory
+        _tile("mla_decode", 4, _HALF, when={"rows": (17, None)}, block_h=32, block_n=16, block_c=512),
+        _tile("mla_decode", 4, _HALF, block_h=16, block_n=32, block_c=512),
+        _tile("mla_decode", 4, ("float32",), block_h=16, block_n=16, block_c=512),
+        _tile("mla_prefill", 4, _HALF, when={"width": (192, 192)}, block_m=64, block_n=32),
+        _tile("mla_prefill", 4, _HALF, block_m=32, block_n=32),
+        _tile("mla_prefill", 4, ("float32",), block_m=16, block_n=16),
+    ),
     triton_min=Fact("3.1", "flagos-ai/FlagGems:src/flag_gems/backends.yaml; CoreX 4.2 images hold 2.1, without exp2"),
     known_bad=(
         Fact("gather", f"{_FLAGGEMS}/ops/cholesky_solve.py"),

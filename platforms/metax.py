@@ -5,12 +5,23 @@ the process inside the compiler, so a risky one has to be refused before the lau
 by this project.
 """
 
-from ntops_mla.platform import CILane, Fact, Gate, LaunchOption, Limits, Markers, Platform
+from ntops_mla.platform import CILane, Fact, Gate, LaunchOption, Limits, Markers, Platform, Tile
 
 _FLAGTREE = "flagos-ai/FlagTree:third_party/metax/backend"
 _FLAGGEMS = "flagos-ai/FlagGems:src/flag_gems/runtime/backend/_metax"
 _LEAD = "flagos-ai/FlagGems or flagos-ai/FlagGems-vllm, the vendor's own kernels; the exact line was not kept"
 _COMPUTES = "the kernel computes in float32 inside"
+
+_HALF = ("bfloat16", "float16")
+# Chosen on the nearest public targets, for want of this one: no spills there, and shared memory within the limit.
+_STAND_IN = (
+    "derived: cross-compiled for gfx90a and gfx942, which have 64 lanes and 64 KB of shared memory too; never run here"
+)
+
+
+def _tile(kernel: str, warps: int, dtypes: tuple[str, ...] = (), arch: tuple[str, ...] = (), when=(), **blocks) -> Tile:
+    return Tile(kernel, blocks, warps, 1, _STAND_IN, arch=arch, dtypes=dtypes, when=dict(when))
+
 
 PLATFORM = Platform(
     name="metax",
@@ -25,6 +36,7 @@ PLATFORM = Platform(
             max_warps=Fact(8, f"{_FLAGGEMS}/heuristics_config_utils.py: 512 threads per block, 64 lanes"),
             lanes=Fact(64, f"{_FLAGTREE}/driver.py: get_current_target"),
             triton_target=Fact("maca:80", f"{_FLAGTREE}/driver.py: get_current_target"),
+            stand_ins=("hip:gfx90a", "hip:gfx942"),
             notes=(
                 Fact(
                     "peers' MLA decode tiles (heads, keys, warps, stages): 16, 32, 8, 2 and 16, 16, 4, 1",
@@ -46,6 +58,20 @@ PLATFORM = Platform(
             "*": Gate("reference", "no kernel takes this dtype"),
         },
     },
+    tiles=(
+        _tile("rms_norm", 4, when={"width": (1, 4096)}),
+        _tile("rms_norm", 8),
+        _tile("rope", 4, block_h=16),
+        _tile("latent_append", 4),
+        _tile("mla_combine", 4),
+        # 32 rows and 16 keys: the queries and a tile of keys take 55 KB where a compiler puts both into shared memory
+        _tile("mla_decode", 4, _HALF, when={"rows": (17, None)}, block_h=32, block_n=16, block_c=512),
+        _tile("mla_decode", 4, _HALF, block_h=16, block_n=32, block_c=512),
+        _tile("mla_decode", 4, ("float32",), block_h=16, block_n=16, block_c=512),
+        _tile("mla_prefill", 4, _HALF, when={"width": (192, 192)}, block_m=64, block_n=32),
+        _tile("mla_prefill", 4, _HALF, block_m=32, block_n=32),
+        _tile("mla_prefill", 4, ("float32",), block_m=16, block_n=16),
+    ),
     triton_min=Fact("3.0", "flagos-ai/FlagGems:src/flag_gems/backends.yaml"),
     known_bad=(
         Fact(

@@ -5,12 +5,21 @@ The one platform here with a device type of its own. Under the vendor's `torchad
 on a board by this project.
 """
 
-from ntops_mla.platform import CILane, Fact, Gate, LaunchOption, Limits, Markers, Platform
+from ntops_mla.platform import CILane, Fact, Gate, LaunchOption, Limits, Markers, Platform, Tile
 
 _FLAGTREE = "flagos-ai/FlagTree:third_party/mthreads/backend"
 _FLAGGEMS = "flagos-ai/FlagGems:src/flag_gems/runtime/backend/_mthreads"
 _LEAD = "flagos-ai/FlagGems or flagos-ai/FlagGems-vllm, the vendor's own kernels; the exact line was not kept"
 _COMPUTES = "the kernel computes in float32 inside"
+
+_HALF = ("bfloat16", "float16")
+# Chosen on the nearest public targets, for want of this one: no spills there, and shared memory within the limit.
+_STAND_IN = "derived: cross-compiled for sm_80 (S5000), gfx90a and gfx942 (S4000); never run here"
+
+
+def _tile(kernel: str, warps: int, dtypes: tuple[str, ...] = (), arch: tuple[str, ...] = (), when=(), **blocks) -> Tile:
+    return Tile(kernel, blocks, warps, 1, _STAND_IN, arch=arch, dtypes=dtypes, when=dict(when))
+
 
 PLATFORM = Platform(
     name="moore",
@@ -31,6 +40,13 @@ PLATFORM = Platform(
             max_warps=Fact(8, "derived: 1024 threads per block / 128 lanes"),
             lanes=Fact(128, f"{_FLAGTREE}/driver.py: get_current_target, capability below 3.0"),
             triton_target=Fact("musa:22", f"{_FLAGTREE}/driver.py: get_current_target"),
+            stand_ins=("hip:gfx90a", "hip:gfx942"),
+            notes=(
+                Fact(
+                    "num_stages above 1 is ignored below capability 3.1 without descriptors",
+                    f"{_FLAGTREE}/compiler.py: make_ttgir pipelines loops from capability 3.1 on",
+                ),
+            ),
         ),
         Limits(
             arch="MTT S5000",
@@ -39,12 +55,8 @@ PLATFORM = Platform(
             max_warps=Fact(16, f"{_FLAGGEMS}/tune_configs.yaml: the largest num_warps in use"),
             lanes=Fact(32, f"{_FLAGTREE}/driver.py: get_current_target, capability above 2"),
             triton_target=Fact("musa:31", f"{_FLAGTREE}/driver.py: get_current_target"),
-            notes=(
-                Fact("peers' MLA decode tile: 32 heads, 64 keys, 8 warps, 1 stage", "flagos-ai/FlagGems-vllm"),
-                Fact(
-                    "num_stages above 1 is ignored below capability 3.1 without descriptors", f"{_FLAGTREE}/compiler.py"
-                ),
-            ),
+            stand_ins=("cuda:80",),
+            notes=(Fact("peers' MLA decode tile: 32 heads, 64 keys, 8 warps, 1 stage", "flagos-ai/FlagGems-vllm"),),
         ),
     ),
     gates={
@@ -57,10 +69,28 @@ PLATFORM = Platform(
         },
     },
     extra_import="torch_musa",  # torch >= 2.5 loads it by itself, through its entry point
+    tiles=(
+        _tile("rms_norm", 4, when={"width": (1, 4096)}),
+        _tile("rms_norm", 8),
+        _tile("rope", 4, block_h=16),
+        _tile("latent_append", 4),
+        _tile("mla_combine", 4),
+        _tile("mla_decode", 8, _HALF, ("MTT S5000",), {"rows": (17, None)}, block_h=32, block_n=64, block_c=512),
+        # 32 rows and 16 keys: the queries and a tile of keys take 55 KB where a compiler puts both into shared memory
+        _tile("mla_decode", 4, _HALF, when={"rows": (17, None)}, block_h=32, block_n=16, block_c=512),
+        _tile("mla_decode", 4, _HALF, block_h=16, block_n=32, block_c=512),
+        _tile("mla_decode", 4, ("float32",), block_h=16, block_n=16, block_c=512),
+        _tile("mla_prefill", 4, _HALF, when={"width": (192, 192)}, block_m=64, block_n=32),
+        _tile("mla_prefill", 4, _HALF, block_m=32, block_n=32),
+        _tile("mla_prefill", 4, ("float32",), block_m=16, block_n=16),
+    ),
     triton_min=Fact("3.1", "flagos-ai/FlagGems:src/flag_gems/backends.yaml"),
     known_bad=(
         Fact("float16 and bfloat16 atomics", f"{_FLAGGEMS}/ops/histc.py"),
-        Fact("int64 and float64 arithmetic in kernels", f"{_FLAGGEMS}/ops/index_copy_.py, ops/median.py"),
+        Fact(
+            "int64 and float64 arithmetic in kernels (of data; the kernels here use int64 for addresses only)",
+            f"{_FLAGGEMS}/ops/index_copy_.py, ops/median.py",
+        ),
         Fact("a product of two dtypes, on Triton 3.2", _LEAD),
         Fact("persistent kernels that spin", _LEAD),
         Fact("dot with M, N or K below 16, on forks of Triton 3.0 and 3.1", "triton-lang/triton 3.1: semantic.dot"),

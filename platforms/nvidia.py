@@ -4,10 +4,13 @@ Public Triton's own platform: kernels can be compiled for it without a device. N
 this project.
 """
 
-from ntops_mla.platform import CILane, Fact, Gate, Limits, Markers, Platform
+from ntops_mla.platform import CILane, Fact, Gate, Limits, Markers, Platform, Tile
 
 _CUDA_GUIDE = "NVIDIA CUDA C++ Programming Guide, 'Technical Specifications per Compute Capability'"
 _COMPUTES = "the kernel computes in float32 inside"
+
+
+_BLACKWELL = Fact("3.6", "derived: Triton 3.2's compiler aborts for it; 3.3 to 3.5 were not tried")
 
 
 def _limits(arch: str, capability: tuple[int, int], shared_kib: int) -> Limits:
@@ -18,15 +21,81 @@ def _limits(arch: str, capability: tuple[int, int], shared_kib: int) -> Limits:
         max_warps=Fact(32, f"derived: 1024 threads per block ({_CUDA_GUIDE}) / 32 lanes"),
         lanes=Fact(32, _CUDA_GUIDE),
         triton_target=Fact(f"cuda:{10 * capability[0] + capability[1]}", "triton-lang/triton:third_party/nvidia"),
+        triton_min=_BLACKWELL if capability >= (10, 0) else None,
     )
 
+
+# What every tile below was chosen by: registers, spills, shared memory and matrix instructions of the compiled code
+# (`python -m ntops_mla compile`), with nothing known of its speed.
+_COMPILED = "derived: cross-compiled, no spills; not timed"
+_HALF = ("bfloat16", "float16")
+_SMALL = ("sm_86", "sm_89", "sm_120")  # 99 KiB of shared memory
+
+
+_SINCE = ("3.2", None)
+
+
+def _decode(
+    block_h: int, block_n: int, block_c: int, warps: int, stages: int, rows: int, *arch: str, triton=_SINCE, **more
+) -> Tile:
+    blocks = {"block_h": block_h, "block_n": block_n, "block_c": block_c}
+    when = {"rows": (rows, None), **more.pop("when", {})}
+    return Tile("mla_decode", blocks, warps, stages, _COMPILED, arch, _HALF, triton, when)
+
+
+def _prefill(block_m: int, block_n: int, warps: int, stages: int, width: int, *arch: str, triton=_SINCE) -> Tile:
+    blocks = {"block_m": block_m, "block_n": block_n}
+    when = {"width": (width, width)}
+    return Tile("mla_prefill", blocks, warps, stages, _COMPILED, arch, _HALF, triton, when)
+
+
+# Triton 3.1 does not pipeline a tile of keys that is read twice, and spills in every tile of the attention kernels:
+# they begin with 3.2. 3.3 to 3.5, 3.7 and 3.8 were not tried.
+_DECODE = (
+    # 64 rows and 64 keys: async wgmma. Triton 3.9 spills in every tile of 64 rows.
+    _decode(64, 64, 512, 8, 2, 33, "sm_90", triton=("3.2", "3.7"), when={"latent": (512, 512)}),
+    _decode(64, 32, 512, 8, 2, 33, "sm_80", "sm_87", triton=("3.6", "3.7"), when={"latent": (512, 512)}),
+    # tcgen05; with two accumulators this tile compiles to a bare trap
+    _decode(64, 32, 512, 8, 2, 33, "sm_100", triton=("3.6", "3.7"), when={"latent": (512, 512)}),
+    _decode(32, 64, 512, 8, 2, 17, "sm_80", "sm_87", "sm_90", "sm_100"),
+    _decode(32, 16, 512, 4, 2, 17, *_SMALL, triton=("3.6", None)),
+    # Three stages keep two tiles of keys in flight, and two programs fit on a processor
+    _decode(16, 32, 512, 4, 3, 1, "sm_90", "sm_100"),
+    _decode(16, 32, 512, 4, 2, 1),
+    # Exact float32 products use no matrix instructions
+    Tile(
+        "mla_decode",
+        {"block_h": 16, "block_n": 16, "block_c": 512},
+        8,
+        1,
+        _COMPILED,
+        dtypes=("float32",),
+        triton=_SINCE,
+    ),
+)
+_PREFILL = (
+    _prefill(128, 64, 8, 3, 192, "sm_90", "sm_100"),
+    _prefill(64, 64, 8, 2, 192),
+    _prefill(64, 64, 8, 2, 256, "sm_90", "sm_100"),
+    _prefill(64, 64, 8, 2, 256, "sm_80", "sm_87", triton=("3.6", None)),
+    _prefill(32, 32, 4, 2, 256),
+    Tile("mla_prefill", {"block_m": 16, "block_n": 16}, 4, 1, _COMPILED, (), ("float32",), _SINCE),
+)
 
 PLATFORM = Platform(
     name="nvidia",
     title="NVIDIA",
     aliases=(),
-    # Last of the platforms that show themselves as "cuda": MetaX and Iluvatar set torch.version.cuda as well
-    markers=Markers(order=40, device_type="cuda", version_attributes=("cuda",), device_names=("NVIDIA",)),
+    # Last of the platforms that show themselves as "cuda", and by its name: MetaX, Iluvatar and whoever else imitates
+    # CUDA set torch.version.cuda as well
+    markers=Markers(
+        order=40,
+        device_type="cuda",
+        version_attributes=("cuda",),
+        # T4, V100, Jetson, and everything under drivers before 465 go without the maker's name
+        device_names=("NVIDIA", "GeForce", "Quadro", "Tesla", "A100-SXM", "A100-PCI", "Orin"),
+        name_required=True,
+    ),
     limits=(
         _limits("sm_80", (8, 0), 163),
         _limits("sm_86", (8, 6), 99),
@@ -45,7 +114,16 @@ PLATFORM = Platform(
             "*": Gate("reference", "no kernel takes this dtype"),
         },
     },
-    triton_min=Fact("3.1", "derived: Triton 3.0 was not tried; 3.1 compiles most of the kernels for sm_80 and newer"),
+    tiles=(
+        Tile("rms_norm", {}, 4, 1, _COMPILED, when={"width": (1, 4095)}),
+        Tile("rms_norm", {}, 8, 1, _COMPILED),
+        Tile("rope", {"block_h": 16}, 4, 1, _COMPILED),
+        Tile("latent_append", {}, 4, 1, _COMPILED),
+        Tile("mla_combine", {}, 4, 1, _COMPILED),
+        *_DECODE,
+        *_PREFILL,
+    ),
+    triton_min=Fact("3.1", "derived: 3.0 was not tried; with 3.1 all kernels but attention's compile without spills"),
     known_bad=(
         Fact(
             "Triton 3.1 aborts while compiling a decode tile of 64 heads with 8 warps for sm_90 "

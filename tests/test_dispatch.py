@@ -10,9 +10,21 @@ import pytest
 import torch
 
 import ntops_mla
+from ntops_mla import board as boards
 from ntops_mla import dispatch, ops
+from ntops_mla.board import Board
 from ntops_mla.dispatch import BackendUnavailableError, Choice, KernelFallbackWarning, OpSpec, StrictFallbackError
-from ntops_mla.platform import Gate, Markers, Platform, get_platform, register_platform, unregister_platform
+from ntops_mla.platform import (
+    Fact,
+    Gate,
+    Limits,
+    Markers,
+    Platform,
+    Tile,
+    get_platform,
+    register_platform,
+    unregister_platform,
+)
 
 CPU = torch.device("cpu")
 # Recognised by no platform file, and needs no machine.
@@ -81,9 +93,9 @@ class FakeOp:
         self.calls.append("reference")
         return 2 * x
 
-    def _kernel(self, platform, x):
+    def _kernel(self, board, x):
         self.calls.append("kernel")
-        self.platform, self.input = platform, x
+        self.platform, self.input = board.platform, x
         error = self.fail(x)
         if error is not None:
             raise error
@@ -107,7 +119,8 @@ def always(error):
 def with_kernel(monkeypatch, name, kernel):
     """Give the registered op `name` a kernel for this test."""
     op = ops.get(name)
-    monkeypatch.setattr(op, "spec", dataclasses.replace(op.spec, kernel=kernel))
+    # no tiles: what stands in for the kernel is no NineToothed kernel
+    monkeypatch.setattr(op, "spec", dataclasses.replace(op.spec, kernel=kernel, tiles=None))
 
 
 @pytest.fixture
@@ -256,7 +269,7 @@ def test_an_op_may_bring_its_own_way_through_float32(on_toy):
     x = ones(dtype=torch.float16)
     assert op(x).dtype == torch.float16
     assert op.input.dtype == torch.float64
-    assert len(seen) == 1 and seen[0][0] is on_toy and seen[0][1][0] is x
+    assert len(seen) == 1 and seen[0][0].platform is on_toy and seen[0][1][0] is x
     op(ones())
     assert len(seen) == 1, "behind a native gate it has no part"
 
@@ -622,6 +635,11 @@ DEVICE_ERRORS = {
     "assert": RuntimeError("CUDA error: device-side assert triggered"),
     "hip": RuntimeError("HIP error: unspecified launch failure"),
     "musa": RuntimeError("MUSA error: invalid configuration"),
+    "triton, a watchdog": RuntimeError("Triton Error [CUDA]: the launch timed out and was terminated"),
+    "triton, lost": RuntimeError("Triton Error [CUDA]: invalid program counter"),
+    "triton, maca": RuntimeError("Triton Error [MACA]: an illegal address was encountered"),
+    "maca": RuntimeError("MACA runtime error: unknown"),
+    "maca's names": RuntimeError("mcErrorIllegalAddress"),
     "memory": torch.OutOfMemoryError("out of memory") if hasattr(torch, "OutOfMemoryError") else MemoryError(),
     # Torch before 2.5, and vendors' forks of it, raise the bare type with this message.
     "memory, old torch": RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB (GPU 0; 79.1 GiB total)"),
@@ -645,6 +663,112 @@ def test_device_errors_pass_and_are_not_remembered(on_toy, quiet, error, gate):
     op(x)
     assert op.calls == ["kernel"] * 3
     assert fallbacks(quiet) == []
+
+
+def _triton_error(name, message):
+    """An error of a class as Triton has it, whatever its text."""
+    return type(name, (Exception,), {"__module__": "triton.runtime.errors"})(message)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        _triton_error("PTXASError", "PTXAS error: Internal Triton PTX codegen error"),
+        _triton_error("OutOfResources", "out of resource: shared memory, Required: 294912, Hardware limit: 232448"),
+        RuntimeError("Triton Error [CUDA]: device kernel image is invalid"),
+        RuntimeError("PTXAS error: `ptxas` failed with error code 255"),
+        RuntimeError("MLIR error: pass failed"),
+    ],
+    ids=lambda error: str(error)[:24],
+)
+def test_errors_before_anything_ran_fall_back(on_toy, quiet, error):
+    op = FakeOp(fail=always(error))
+    for _ in range(2):
+        assert op(ones()).eq(2).all()
+    assert op.calls == ["kernel", "reference", "reference"]
+    assert len(fallbacks(quiet)) == 1
+
+
+def test_a_failure_under_strict_warns_when_it_first_falls_back(on_toy, quiet):
+    op = FakeOp(fail=always(RuntimeError("out of registers")))
+    with ntops_mla.use(strict=True), pytest.raises(StrictFallbackError, match="out of registers"):
+        op(ones())
+    assert fallbacks(quiet) == []
+    op(ones())
+    op(ones())
+    assert len(fallbacks(quiet)) == 1 and "out of registers" in fallbacks(quiet)[0]
+
+
+# The board
+
+
+def on_board(monkeypatch, **parts):
+    """Every device has this board."""
+    board = Board(get_platform("cpu"), **parts)
+    monkeypatch.setattr(boards, "board_of", lambda detection: board)
+    return board
+
+
+def test_a_board_without_a_tile_is_a_reason(on_toy, monkeypatch, quiet):
+    limits = Limits("T1", None, Fact(65536, "made up"), Fact(8, "made up"), Fact(64, "made up"))
+    on_board(monkeypatch, limits=limits, triton=(3, 1))
+    op = FakeOp(tiles=lambda board, dtypes, sizes: [("toy_kernel", None)])
+    choice = op.explain(ones())
+    assert choice.backend == "reference"
+    assert choice.reason == "no tile of toy_kernel for float32 and these sizes on CPU, T1, Triton 3.1"
+    with ntops_mla.use(strict=True), pytest.raises(StrictFallbackError, match="no tile of toy_kernel"):
+        op(ones())
+
+
+def test_a_tile_wider_than_the_board_is_a_reason(on_toy, monkeypatch):
+    limits = Limits("T1", None, Fact(65536, "made up"), Fact(8, "made up"), Fact(64, "made up"))
+    on_board(monkeypatch, limits=limits)
+    tile = Tile("toy_kernel", {}, num_warps=16, num_stages=1, source="made up")
+    op = FakeOp(tiles=lambda board, dtypes, sizes: [("toy_kernel", tile)])
+    assert op.explain(ones()).reason == "the tile of toy_kernel takes 16 warps, CPU, T1 at most 8"
+
+
+def test_a_board_on_which_nothing_compiles_is_a_reason(on_toy, monkeypatch):
+    on_board(monkeypatch, problem="Triton does not import: OSError: MACA_PATH is unset")
+    op = FakeOp(tiles=lambda board, dtypes, sizes: [])
+    assert "MACA_PATH is unset" in op.explain(ones()).reason
+
+
+def test_behind_a_float32_gate_the_tile_is_float32s(on_toy, monkeypatch):
+    on_board(monkeypatch)
+    asked = []
+    op = FakeOp(tiles=lambda board, dtypes, sizes: asked.append(dtypes) or [])
+    op.explain(ones(dtype=torch.float16))
+    assert asked == [(torch.float32,)]
+
+
+def test_float32_behind_a_float32_gate_needs_no_cast(on_toy, monkeypatch, quiet):
+    gates = {"*": {"*": Gate("float32", "this test says so")}}
+    register_platform(dataclasses.replace(on_toy, name="caster", aliases=(), gates=gates))
+    try:
+        op = FakeOp()
+        with ntops_mla.use(platform="caster"):
+            for dtype in (torch.float32, torch.float16):
+                assert op(ones(dtype=dtype)).dtype == dtype
+        assert op.calls == ["kernel", "kernel"] and fallbacks(quiet) == []
+    finally:
+        unregister_platform("caster")
+
+
+# Recording
+
+
+def test_record_tells_what_ran(on_toy, quiet):
+    op, other = FakeOp(), FakeOp("other_op", fail=always(RuntimeError("out of registers")))
+    with dispatch.record() as ran:
+        op(ones())
+        with dispatch.record() as inner:
+            other(ones())
+    assert list(ran) == ["toy_op", "other_op"] and list(inner) == ["other_op"]
+    assert ran["toy_op"].backend == "kernel"
+    assert ran["other_op"].backend == "reference" and "out of registers" in ran["other_op"].reason
+    op(ones(5))
+    assert len(ran) == 2
 
 
 @pytest.mark.parametrize("setting", [{"strict": True}, {"backend": "kernel"}], ids=str)
@@ -933,7 +1057,7 @@ def test_a_real_op_launches_on_its_platform(on_toy, monkeypatch, quiet, name):
     with_kernel(monkeypatch, name, kernel)
     out = function(*args)
     assert len(launches) == 1 and fallbacks(quiet) == []
-    assert launches[0][0] is on_toy
+    assert launches[0][0].platform is on_toy
     assert len(launches[0][1]) == len(args)
     for given, got in zip(args, launches[0][1]):
         if isinstance(given, torch.Tensor):

@@ -1,7 +1,8 @@
 """The subcommands of `python -m ntops_mla`, one module each.
 
 A subcommand module has `HELP`, `configure(parser)`, `report(args)`, which returns plain data, and `text(data)`, which
-puts it for people; `--json` prints the data itself. A new subcommand is a new module and its name in `COMMANDS`.
+puts it for people; `--json` prints the data itself. One that takes long has `run(args)` instead, prints as it goes and
+returns the exit status. A new subcommand is a new module and its name in `COMMANDS`.
 """
 
-COMMANDS = ("platforms", "env", "ops", "explain")
+COMMANDS = ("platforms", "env", "ops", "explain", "compile")

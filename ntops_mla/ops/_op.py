@@ -23,8 +23,8 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 class Op:
     """One registered op: what `python -m ntops_mla ops | explain` and the tests ask.
 
-    check(*args) raises for bad arguments; key, supports, kernel: see `dispatch.OpSpec`; example(device, dtype, **sizes)
-    makes valid arguments.
+    check(*args) raises for bad arguments; key, supports, kernel, tiles: see `dispatch.OpSpec`; example(device, dtype,
+    **sizes) makes valid arguments.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class Op:
         example: Callable[..., tuple],
         kernel: Callable[..., Any] | None = None,
         through_float32: Callable[..., Any] | None = None,
+        tiles: Callable[..., list] | None = None,
     ) -> None:
         self.name = function.__name__
         self.function = function
@@ -49,7 +50,7 @@ class Op:
         self.example = example
         self._check = check
         self._signature = inspect.signature(function)
-        self.spec = dispatch.OpSpec(self.name, key, reference, supports, kernel, through_float32)
+        self.spec = dispatch.OpSpec(self.name, key, reference, supports, kernel, through_float32, tiles)
 
         defaults = tuple(p.default for p in self._signature.parameters.values())
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
+from ntops_mla.board import Board
+from ntops_mla.kernel import Kernel, make
 from ntops_mla.ops import _check
 from ntops_mla.ops._op import register
 from ntops_mla.ops.rms_norm import normalise
@@ -98,6 +102,24 @@ def _supports(platform: Platform, dtypes: tuple, sizes: tuple) -> str | None:
     return None
 
 
+def _tiles(board: Board, dtypes: tuple, sizes: tuple) -> list:
+    return [("latent_append", board.tile("latent_append", dtypes[0], latent=sizes[0]))]
+
+
+@functools.lru_cache(maxsize=256)
+def _made(board: Board, dtype: torch.dtype, latent: int, rope: int, page_size: int) -> Kernel:
+    tile = board.tile("latent_append", dtype, latent=latent)
+    parameters = {"page_size": page_size, "latent": latent, "rope": rope}
+    return make("latent_append", tile.num_warps, tile.num_stages, tile.options, **parameters, **tile.blocks)
+
+
+def _kernel(board: Board, kv_a, weight, cos, sin, slots, cache, eps):
+    if kv_a.shape[0]:
+        latent = weight.shape[0]
+        launch = _made(board, kv_a.dtype, latent, kv_a.shape[1] - latent, cache.shape[1])
+        launch(kv_a, kv_a, weight, cos, sin, slots, eps, cache, cache)
+
+
 def _example(device="cpu", dtype=torch.bfloat16, *, tokens=4, kv_lora_rank=512, rope=64, page_size=64, **_):
     angles = torch.rand(tokens, rope // 2, device=device)
     pages = -(-tokens // page_size) + 1
@@ -112,13 +134,13 @@ def _example(device="cpu", dtype=torch.bfloat16, *, tokens=4, kv_lora_rank=512, 
     )
 
 
-def _through_float32(kernel, platform: Platform, args: tuple) -> None:
+def _through_float32(kernel, board: Board, args: tuple) -> None:
     """The `float32` gate: the kernel writes into a small float32 cache, whose rows are rounded into the real one."""
     kv_a, weight, cos, sin, slots, cache, eps = args
     tokens, width = kv_a.shape
     page = cache.shape[1]
     scratch = torch.empty(-(-tokens // page), page, width, dtype=torch.float32, device=cache.device)
-    kernel(platform, kv_a.float(), weight.float(), cos, sin, torch.arange(tokens, device=slots.device), scratch, eps)
+    kernel(board, kv_a.float(), weight.float(), cos, sin, torch.arange(tokens, device=slots.device), scratch, eps)
     rows = scratch.view(-1, width)[:tokens].to(cache.dtype)
     kept = slots >= 0
     cache.view(-1, width).index_copy_(0, slots[kept], rows[kept])
@@ -135,5 +157,7 @@ latent_append = register(
     key=_key,
     supports=_supports,
     example=_example,
+    kernel=_kernel,
+    tiles=_tiles,
     through_float32=_through_float32,
 )

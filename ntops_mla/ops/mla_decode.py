@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from typing import NamedTuple
 
 import torch
 
+from ntops_mla.board import Board
+from ntops_mla.kernel import Kernel, make
 from ntops_mla.ops import _check
 from ntops_mla.ops._attention import GATHER_BYTES, attend, joined, merge
 from ntops_mla.ops._op import register
@@ -14,6 +18,17 @@ from ntops_mla.platform import Platform
 
 _PAGE_SIZES = (16, 32, 64, 128)
 _NO_KEY = float("-inf")
+
+# Keys that a split has at least, unless the caller says how many splits there are: fewer cost more in the second launch
+# and in float32 parts than they bring. And the most splits of a request, which mla_combine reads one after the other.
+_SPLIT_KEYS = 256
+_MAX_SPLITS = 64
+
+# Of the reference: tokens of a causal run that share one call, and elements of one mask. Fewer tokens gather less work
+# above the diagonal, more give longer products.
+_CAUSAL_TOKENS = 128
+_MASK_ELEMENTS = 8 << 20
+_KEY_TILE = 32
 
 
 def mla_decode(
@@ -109,7 +124,7 @@ def _reference(q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_
         index = torch.tensor(order, device=q.device)
         q, block_table, seq_lens = (x.index_select(0, index) for x in (q, block_table, seq_lens))
     group_out, group_lse = (out, lse) if in_order else (torch.zeros_like(out), torch.full_like(lse, _NO_KEY))
-    view = _View(seq_lens, s_q, causal, max(pages), page_size, q.dtype)
+    view = _View(seq_lens, [lengths[i] for i in order], s_q, causal, page_size, q.dtype)
     page_bytes = page_size * q.shape[3] * q.element_size()
     first = 0
     for count, members in itertools.groupby(pages[i] for i in order):
@@ -127,21 +142,48 @@ def _reference(q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_
 
 
 class _View:
-    """Which keys each row of a batch sees, and which slots of a last page hold nothing; made once for all groups."""
+    """Which keys each row of a batch, in order of its pages, sees; which slots of a last page hold nothing."""
 
-    def __init__(self, seq_lens, s_q, causal, pages, page_size, dtype) -> None:
+    def __init__(self, seq_lens, lengths, s_q, causal, page_size, dtype) -> None:
         device = seq_lens.device
-        # keys each row sees: [B, s_q or 1]
+        self.lengths = lengths  # seq_lens on the host
+        self.causal = causal and s_q > 1
+        # keys each row sees: [B, s_q] (causal), else [B, 1]
         self.limit = seq_lens[:, None]
-        if causal and s_q > 1:
+        if self.causal:
             self.limit = self.limit - s_q + 1 + torch.arange(s_q, device=device)
-        hidden = torch.arange(pages * page_size, device=device) >= self.limit[..., None]
-        # additive, [B, s_q or 1, 1, keys]; the heads are attend's rows, so that one mask row serves them all
-        self.mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, _NO_KEY)[:, :, None]
         # [B, page_size, 1]
         used = (seq_lens - 1) % page_size + 1
         self.unused = (torch.arange(page_size, device=device) >= used[:, None])[..., None]
-        self.rows = s_q
+        self._page_size = page_size
+        self._dtype = dtype
+        self._shared, self._covered = None, slice(0, 0)
+
+    def mask(self, rows, start, stop):
+        """Additive `[G, 1, 1, stop - start]`: all s_q rows of a request see the same keys."""
+        if rows.start < self._covered.start or rows.stop > self._covered.stop:
+            # One mask for all requests that follow takes fewer calls than one for each group. But it is as wide as the
+            # longest of them: only while that is small.
+            rest = slice(rows.start, len(self.lengths))
+            small = (rest.stop - rest.start) * self._slots(rest.stop - 1) <= _MASK_ELEMENTS
+            self._covered = rest if small else rows
+            self._shared = self._hide(self.limit[self._covered], 0, self._slots(self._covered.stop - 1))[:, :, None]
+        first = self._covered.start
+        return self._shared[rows.start - first : rows.stop - first, ..., start:stop]
+
+    def causal_mask(self, rows, tokens, start, stop, heads):
+        """Additive `[G, 1, tokens * heads or 1, stop - start]`: each of s_q's `tokens` sees its own keys."""
+        hidden = self._hide(self.limit[rows, tokens], start, stop)
+        if hidden.shape[1] == 1:
+            return hidden[:, None]
+        return hidden[:, :, None].expand(-1, -1, heads, -1).flatten(1, 2)[:, None]
+
+    def _slots(self, index):
+        return -(-self.lengths[index] // self._page_size) * self._page_size
+
+    def _hide(self, limit, start, stop):
+        hidden = torch.arange(start, stop, device=limit.device) >= limit[..., None]
+        return torch.zeros(hidden.shape, dtype=self._dtype, device=limit.device).masked_fill_(hidden, _NO_KEY)
 
 
 def _attend_pages(q, caches, table, view, rows, scale):
@@ -170,12 +212,40 @@ def _attend_span(q, caches, table, view, rows, scale, first_page, has_last):
         # The last page's slots past the length hold anything, NaN too, and 0 x NaN is NaN: zero them in the copy.
         k.view(group, pages, page_size, -1)[:, -1].masked_fill_(view.unused[rows], 0)
     start = first_page * page_size
-    kv = k[:, None].expand(-1, view.rows, -1, -1)
-    out, lse = attend(q, kv, kv, scale, view.mask[rows, ..., start : start + pages * page_size])
-    if view.rows > 1:
-        blind = (view.limit[rows] <= start)[..., None].expand(-1, view.rows, 1)  # sees no key of this span
-        out = out.masked_fill(blind[..., None], 0)
-        lse = lse.masked_fill(blind, _NO_KEY)
+    k = k[:, None]
+    if not view.causal:
+        # The heads, and s_q's rows, are attend's rows: one mask row serves them all.
+        out, lse = attend(q.flatten(1, 2)[:, None], k, k, scale, view.mask(rows, start, start + k.shape[2]))
+        return out[:, 0].unflatten(1, q.shape[1:3]), lse[:, 0].unflatten(1, q.shape[1:3])
+    return _attend_causal(q, k, view, rows, scale, start)
+
+
+def _attend_causal(q, k, view, rows, scale, start):
+    """k `[G, 1, keys, D]`, the requests' keys from `start` on: a block of tokens at a time, over the keys it sees.
+
+    So the masks are linear in the keys, and about half of a long run's scores is never computed.
+    """
+    group, s_q, heads, _ = q.shape
+    lengths = view.lengths[rows]
+    shortest, longest = min(lengths), max(lengths)
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    lse = torch.full((group, s_q, heads), _NO_KEY, dtype=torch.float32, device=q.device)
+    at_once = max(1, min(_CAUSAL_TOKENS, _MASK_ELEMENTS // (group * heads * k.shape[2])))
+    for first in range(0, s_q, at_once):
+        tokens = slice(first, min(first + at_once, s_q))
+        count = longest - s_q + tokens.stop - start
+        if count <= 0:
+            continue
+        # In whole tiles: PyTorch's CPU kernel takes a third longer for 500 keys than for 512.
+        seen = k[:, :, : -(-count // _KEY_TILE) * _KEY_TILE]
+        mask = view.causal_mask(rows, tokens, start, start + seen.shape[2], heads)
+        part, part_lse = attend(q[:, tokens].flatten(1, 2)[:, None], seen, seen, scale, mask)
+        shape = (tokens.stop - first, heads)
+        part, part_lse = part[:, 0].unflatten(1, shape), part_lse[:, 0].unflatten(1, shape)
+        if shortest - s_q + 1 + first <= start:
+            blind = (view.limit[rows, tokens] <= start)[..., None]  # sees no key of this span
+            part, part_lse = part.masked_fill(blind[..., None], 0), part_lse.masked_fill(blind, _NO_KEY)
+        out[:, tokens], lse[:, tokens] = part, part_lse
     return out, lse
 
 
@@ -211,11 +281,93 @@ def _supports(platform: Platform, dtypes: tuple, sizes: tuple) -> str | None:
     return None
 
 
-def _example(device="cpu", dtype=torch.bfloat16, *, tokens=4, heads=16, kv_lora_rank=512, rope=64, page_size=64, **_):
+def _tiles(board: Board, dtypes: tuple, sizes: tuple) -> list:
+    latent, _, heads, s_q, _, _ = sizes
+    return [
+        ("mla_decode", board.tile("mla_decode", dtypes[0], rows=heads * s_q, latent=latent)),
+        ("mla_combine", board.tile("mla_combine", dtypes[0], latent=latent)),
+    ]
+
+
+class _Made(NamedTuple):
+    """Both kernels, and the rows and keys of a tile."""
+
+    decode: Kernel
+    combine: Kernel
+    block_h: int
+    block_n: int
+
+
+@functools.lru_cache(maxsize=1024)
+def _made(board: Board, dtype: torch.dtype, latent: int, rope: int, page_size: int, rows: int) -> _Made:
+    tile = board.tile("mla_decode", dtype, rows=rows, latent=latent)
+    blocks = {**tile.blocks, "block_n": min(tile.blocks["block_n"], page_size)}
+    blocks["block_c"] = min(blocks["block_c"], latent)
+    parameters = {"page_size": page_size, "latent": latent, "rope": rope}
+    decode = make("mla_decode", tile.num_warps, tile.num_stages, tile.options, **parameters, **blocks)
+    tile = board.tile("mla_combine", dtype, latent=latent)
+    combine = make("mla_combine", tile.num_warps, tile.num_stages, tile.options, latent=latent, **tile.blocks)
+    return _Made(decode, combine, blocks["block_h"], blocks["block_n"])
+
+
+def split(programs: int, keys: int, processors: int) -> int:
+    """How many splits fill `processors` (two programs on each) when one split takes `programs`, of at most `keys` keys.
+
+    Known without reading a length, so that the grid is static and a CUDA graph can be replayed with other lengths; how
+    many of them a request uses is decided on the device.
+    """
+    wanted = -(-2 * processors // programs)
+    return max(1, min(wanted, -(-keys // _SPLIT_KEYS), _MAX_SPLITS))
+
+
+def _kernel(board: Board, q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, causal, num_splits):
+    batch, s_q, heads, latent = q_nope.shape
+    page_size, rows = kv_cache.shape[1], s_q * heads
+    device = q_nope.device
+    out = torch.empty(batch, s_q, heads, latent, dtype=q_nope.dtype, device=device)
+    lse = torch.empty(batch, heads, s_q, dtype=torch.float32, device=device)
+    if not out.numel():
+        return out, lse
+    made = _made(board, q_nope.dtype, latent, q_pe.shape[3], page_size, rows)
+    splits, least = num_splits, 1
+    if splits is None:
+        splits = split(batch * -(-rows // made.block_h), block_table.shape[1] * page_size, board.processors)
+        least = max(1, _SPLIT_KEYS // made.block_n)
+    part = part_lse = None
+    if splits > 1:
+        part = torch.empty(batch, splits, rows, latent, dtype=torch.float32, device=device)
+        part_lse = torch.empty(batch, splits, s_q, heads, dtype=torch.float32, device=device)
+    inputs = (q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, least)
+    launch(made, inputs, causal and s_q > 1, splits, out, lse, part, part_lse)
+    return out, lse
+
+
+def launch(made: _Made, inputs: tuple, causal: bool, splits: int, out, lse, part, part_lse) -> None:
+    """Both launches, into buffers that are there; part: `[B, splits, s_q * H, C]`, part_lse: `[B, splits, s_q, H]`."""
+    q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, least = inputs
+    # All that the launches depend on: to read a shape or a stride costs 0.15 us, and outputs are contiguous.
+    key = (
+        q_nope.shape, q_nope.stride(), q_pe.stride(), kv_cache.shape, kv_cache.stride(), pe_cache.stride(),
+        block_table.shape, block_table.stride(), seq_lens.stride(), softmax_scale, least, causal, splits,
+        q_nope.data_ptr() & 15, q_pe.data_ptr() & 15, kv_cache.data_ptr() & 15, pe_cache.data_ptr() & 15,
+        block_table.data_ptr() & 15, seq_lens.data_ptr() & 15,
+    )  # fmt: skip
+    # [B, s_q, H]
+    lse_rows = lse.transpose(1, 2)
+    if splits == 1:
+        made.decode(*inputs, causal, made.block_n, out.flatten(1, 2)[:, None], lse_rows[:, None], key=key)
+        return
+    made.decode(*inputs, causal, made.block_n, part, part_lse, key=key)
+    made.combine(part, part_lse, seq_lens, least, made.block_n, out, lse_rows, key=key)
+
+
+def _example(
+    device="cpu", dtype=torch.bfloat16, *, tokens=4, heads=16, kv_lora_rank=512, rope=64, page_size=64, s_q=1, **_
+):
     cache = torch.randn(tokens, page_size, kv_lora_rank + rope, device=device, dtype=dtype)
     return (
-        torch.randn(tokens, 1, heads, kv_lora_rank, device=device, dtype=dtype),
-        torch.randn(tokens, 1, heads, rope, device=device, dtype=dtype),
+        torch.randn(tokens, s_q, heads, kv_lora_rank, device=device, dtype=dtype),
+        torch.randn(tokens, s_q, heads, rope, device=device, dtype=dtype),
         cache[:, :, :kv_lora_rank],
         cache[:, :, kv_lora_rank:],
         torch.arange(tokens, dtype=torch.int32, device=device)[:, None],
@@ -238,4 +390,6 @@ mla_decode = register(
     key=_key,
     supports=_supports,
     example=_example,
+    kernel=_kernel,
+    tiles=_tiles,
 )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import torch
 
+from ntops_mla.board import Board
+from ntops_mla.kernel import Kernel, make
 from ntops_mla.ops import _check
 from ntops_mla.ops._attention import attend
 from ntops_mla.ops._op import register
@@ -136,6 +139,28 @@ def _supports(platform: Platform, dtypes: tuple, sizes: tuple) -> str | None:
     return None
 
 
+def _tiles(board: Board, dtypes: tuple, sizes: tuple) -> list:
+    return [("mla_prefill", board.tile("mla_prefill", dtypes[0], width=sizes[0]))]
+
+
+@functools.lru_cache(maxsize=256)
+def _made(board: Board, dtype: torch.dtype, width: int, v_width: int) -> tuple[Kernel, int, int]:
+    """The kernel and its tile's rows and keys."""
+    tile = board.tile("mla_prefill", dtype, width=width)
+    parameters = {"qk_width": width, "v_width": v_width}
+    kernel = make("mla_prefill", tile.num_warps, tile.num_stages, tile.options, **parameters, **tile.blocks)
+    return kernel, tile.blocks["block_m"], tile.blocks["block_n"]
+
+
+def _kernel(board: Board, q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):
+    out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+    if out.numel():
+        launch, block_m, block_n = _made(board, q.dtype, q.shape[2], v.shape[2])
+        launch(q, q, k, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, block_n, out, lse, block_m)
+    return out, lse
+
+
 def _example(device="cpu", dtype=torch.bfloat16, *, tokens=4, heads=16, rope=64, nope=128, v=128, **_):
     cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=device)
     return (
@@ -161,4 +186,6 @@ mla_prefill = register(
     key=_key,
     supports=_supports,
     example=_example,
+    kernel=_kernel,
+    tiles=_tiles,
 )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
+from ntops_mla.board import Board
+from ntops_mla.kernel import Kernel, make
 from ntops_mla.ops import _check
 from ntops_mla.ops._op import register
 from ntops_mla.platform import Platform
@@ -56,6 +60,24 @@ def _supports(platform: Platform, dtypes: tuple, sizes: tuple) -> str | None:
     return None
 
 
+def _tiles(board: Board, dtypes: tuple, sizes: tuple) -> list:
+    return [("rms_norm", board.tile("rms_norm", dtypes[0], width=sizes[0]))]
+
+
+@functools.lru_cache(maxsize=256)
+def _made(board: Board, dtype: torch.dtype, width: int) -> Kernel:
+    tile = board.tile("rms_norm", dtype, width=width)
+    return make("rms_norm", tile.num_warps, tile.num_stages, tile.options, width=width, **tile.blocks)
+
+
+def _kernel(board: Board, input, weight, eps):
+    out = torch.empty(input.shape, dtype=input.dtype, device=input.device)
+    if out.numel():
+        width = weight.shape[0]
+        _made(board, input.dtype, width)(input.reshape(-1, width), weight, eps, out.view(-1, width))
+    return out
+
+
 def _example(device="cpu", dtype=torch.bfloat16, *, tokens=4, kv_lora_rank=512, **_):
     return (
         torch.randn(tokens, kv_lora_rank, device=device, dtype=dtype),
@@ -73,4 +95,6 @@ rms_norm = register(
     key=_key,
     supports=_supports,
     example=_example,
+    kernel=_kernel,
+    tiles=_tiles,
 )

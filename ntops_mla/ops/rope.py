@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
+from ntops_mla.board import Board
+from ntops_mla.kernel import Kernel, make
 from ntops_mla.ops import _check
 from ntops_mla.ops._op import register
 from ntops_mla.platform import Platform
@@ -78,6 +82,23 @@ def _supports(platform: Platform, dtypes: tuple, sizes: tuple) -> str | None:
     return None
 
 
+def _tiles(board: Board, dtypes: tuple, sizes: tuple) -> list:
+    return [("rope", board.tile("rope", dtypes[0], width=sizes[0]))]
+
+
+@functools.lru_cache(maxsize=256)
+def _made(board: Board, dtype: torch.dtype, width: int) -> Kernel:
+    tile = board.tile("rope", dtype, width=width)
+    return make("rope", tile.num_warps, tile.num_stages, tile.options, width=width, **tile.blocks)
+
+
+def _kernel(board: Board, q_pe, cos, sin):
+    out = torch.empty(q_pe.shape, dtype=q_pe.dtype, device=q_pe.device)
+    if out.numel():
+        _made(board, q_pe.dtype, q_pe.shape[2])(q_pe, cos, sin, out)
+    return out
+
+
 def _example(device="cpu", dtype=torch.bfloat16, *, tokens=4, heads=16, rope=64, **_):
     angles = torch.rand(tokens, rope // 2, device=device)
     return torch.randn(tokens, heads, rope, device=device, dtype=dtype), angles.cos(), angles.sin()
@@ -92,4 +113,6 @@ rope = register(
     key=_key,
     supports=_supports,
     example=_example,
+    kernel=_kernel,
+    tiles=_tiles,
 )

@@ -1,0 +1,83 @@
+"""The board at hand: a platform with the limits of one device, its processors, and the Triton that is installed."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from dataclasses import dataclass
+
+import torch
+
+from ntops_mla import interpreter
+from ntops_mla.platform import Detection, Limits, Platform, Tile, probe
+
+# What a kernel that is only asked for its form may assume, and what the interpreter pretends: few, so that it splits.
+_PROCESSORS = 4
+
+
+@dataclass(frozen=True, eq=False)  # one for each device: hashed by identity, as part of the key of every call
+class Board:
+    """`limits` None: of no known architecture; `triton` None: any version. `problem`: why no kernel can run here."""
+
+    platform: Platform
+    limits: Limits | None = None
+    triton: tuple[int, int] | None = None
+    processors: int = _PROCESSORS
+    problem: str | None = None
+
+    def tile(self, kernel: str, dtype: torch.dtype, **sizes: int) -> Tile | None:
+        """The tile to make `kernel` with, None where the platform has none that fits."""
+        return self.platform.tile(kernel, self.limits and self.limits.arch, dtype, self.triton, **sizes)
+
+    def __str__(self) -> str:
+        parts = [self.platform.title]
+        if self.limits is not None:
+            parts.append(self.limits.arch)
+        if self.triton is not None:
+            parts.append("Triton " + ".".join(map(str, self.triton)))
+        return ", ".join(parts)
+
+
+def board_of(detection: Detection) -> Board:
+    """The board of a device that is there; a detection without a device pretends one of the platform's."""
+    if detection.device is None:
+        return Board(detection.platform)
+    return _board(detection.platform, detection.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _board(platform: Platform, device: torch.device) -> Board:
+    interpreted = interpreter.enabled()
+    kind = device.type
+    if kind in ("cpu", "meta") and not interpreted:
+        return Board(platform, problem=f"a kernel runs on {kind} tensors only in Triton's interpreter")
+    try:
+        if interpreted:
+            interpreter.activate()
+        version = importlib.import_module("triton").__version__
+    except Exception as error:  # a vendor's Triton may raise anything, for example where its MACA_PATH is unset
+        return Board(platform, problem=f"Triton does not import: {type(error).__name__}: {_first_line(error)}")
+    triton = tuple(int(part) for part in version.split(".")[:2])
+    if interpreted:  # what an old Triton cannot compile it can still interpret
+        return Board(platform)
+    info = probe(device)
+    limits = platform.limits_for(info.capability)
+    if limits is None:
+        return Board(platform, triton=triton, problem=f"no limits are known for capability {info.capability}")
+    return Board(platform, limits, triton, info.processors or _PROCESSORS, too_old(platform, limits, triton))
+
+
+def too_old(platform: Platform, limits: Limits, triton: tuple[int, int]) -> str | None:
+    """Why this Triton is not enough for an architecture, None where it is."""
+    for least in (platform.triton_min, limits.triton_min):
+        if least is not None and triton < tuple(int(part) for part in str(least.value).split(".")[:2]):
+            return f"Triton {triton[0]}.{triton[1]} is older than {least.value} ({least.source})"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else "no message"
+
+
+forget = _board.cache_clear

@@ -1,0 +1,134 @@
+"""Every kernel with every platform's tiles, compiled for the platform's targets, and held against its limits.
+
+What is compiled is what an op would launch: the op runs on tensors without memory, and its launches are caught. A
+target that public Triton does not know (MUSA, MACA, CoreX) is replaced by the nearest one that it does, and the row
+says so.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ntops_mla import kernel as kernels
+from ntops_mla import ops
+from ntops_mla.board import Board, too_old
+from ntops_mla.cross_compile import TARGETS, Compiled, Target, compile_for, least_products
+from ntops_mla.platform import Limits, Platform
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# Calls that between them meet every tile: `common` always, `rest` with --all.
+_COMMON: dict[str, tuple[dict[str, int], ...]] = {
+    "rms_norm": ({"kv_lora_rank": 512}, {"kv_lora_rank": 1536}, {"kv_lora_rank": 7168}),
+    "rope": ({"heads": 16}, {"heads": 128}),
+    "latent_append": ({},),
+    "mla_decode": ({"heads": 16}, {"heads": 32}, {"heads": 128}, {"heads": 40, "kv_lora_rank": 256, "rope": 32}),
+    "mla_prefill": ({"heads": 16}, {"heads": 16, "nope": 192, "v": 256}),
+}
+_REST: dict[str, tuple[dict[str, int], ...]] = {
+    "rms_norm": ({"kv_lora_rank": 256}, {"kv_lora_rank": 16384}),
+    "rope": ({"heads": 1}, {"heads": 40, "rope": 32}),
+    "latent_append": tuple({"page_size": size} for size in (16, 32, 128)) + ({"kv_lora_rank": 256, "rope": 32},),
+    "mla_decode": tuple(
+        {"heads": heads, "page_size": size} for heads, size in itertools.product((16, 32, 128), (16, 32, 128))
+    )
+    + ({"heads": 16, "s_q": 2}, {"heads": 64, "s_q": 2}, {"heads": 16, "kv_lora_rank": 256, "rope": 32}),
+    "mla_prefill": (),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op, for one architecture of a platform, on a target that is its own or a stand-in."""
+
+    platform: Platform
+    limits: Limits
+    target: Target
+    stand_in: bool
+    op: str
+    dtype: torch.dtype
+    sizes: dict[str, int]
+
+
+def cases(platforms: list[Platform], names: list[str], everything: bool = False) -> Iterator[Case]:
+    """bfloat16 and the common calls; `everything`: all dtypes and calls."""
+    for platform in platforms:
+        for limits in platform.limits:
+            own = str(limits.triton_target.value) if limits.triton_target else None
+            for target in [own] if own in TARGETS else limits.stand_ins:
+                for name, dtype in itertools.product(names, DTYPES if everything else DTYPES[:1]):
+                    for sizes in _COMMON[name] + (_REST[name] if everything else ()):
+                        yield Case(platform, limits, TARGETS[target], target != own, name, dtype, sizes)
+
+
+def compile_case(case: Case) -> list[tuple[dict[str, Any], Compiled | None, str]]:
+    """(row, what came out, generated source) of each kernel that the op launches; none without a gate or a tile."""
+    import triton
+
+    op = ops.get(case.op)
+    args = op.example(torch.device("meta"), case.dtype, tokens=4, **case.sizes)
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    board = Board(case.platform, case.limits, version, processors=128)
+    gate = case.platform.gate(case.op, case.dtype)
+    key = op.spec.key(*args)
+    if too_old(case.platform, case.limits, version) is not None:
+        return []
+    if gate.mode != "native" or op.spec.supports(case.platform, *key) is not None:
+        return []
+    if any(tile is None for _, tile in op.spec.tiles(board, *key)):
+        return []
+    with kernels.capture() as launches:
+        op.spec.kernel(board, *args)
+        if case.op == "mla_decode":  # the example is short: one split, written by mla_decode itself
+            op.spec.kernel(board, *args[:-1], 4)
+    return [_compile(case, triton.__version__, kernel, arguments) for kernel, arguments in launches]
+
+
+def _compile(case: Case, triton_version: str, kernel: kernels.Kernel, args: tuple) -> tuple:
+    row = {
+        "op": case.op,
+        "kernel": kernel.name,
+        "platform": case.platform.name,
+        "arch": case.limits.arch,
+        "target": str(case.target),
+        "stand_in": case.stand_in,
+        "triton": triton_version,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "sizes": case.sizes,
+        # a split's part is float32, a result has the inputs' dtype
+        "split": args[10].dtype == torch.float32 if kernel.name == "mla_decode" else None,
+        "tile": {**kernel.parameters, "num_warps": kernel.num_warps, "num_stages": kernel.num_stages},
+    }
+    try:
+        compiled = compile_for(kernel, args, case.target)
+    except Exception as error:  # whatever a compiler raises is the finding
+        lines = str(error).strip().splitlines() or ["no message"]
+        return {**row, "problems": [f"does not compile: {type(error).__name__}: {lines[0][:200]}"]}, None, kernel.source
+    numbers = {
+        name: getattr(compiled, name)
+        for name in (
+            "registers", "spill_bytes", "shared_bytes", "programs", "products", "asynchronous", "async_copies",
+        )
+    }  # fmt: skip
+    return {**row, **numbers, "problems": _problems(case, kernel, compiled)}, compiled, kernel.source
+
+
+def _problems(case: Case, kernel: kernels.Kernel, compiled: Compiled) -> list[str]:
+    """Why this tile must not be shipped."""
+    problems = []
+    if compiled.spill_bytes:
+        problems.append(f"spills {compiled.spill_bytes} bytes")
+    shared, warps = case.limits.shared_memory.value, case.limits.max_warps.value
+    if shared is not None and compiled.shared_bytes > shared:
+        problems.append(f"{compiled.shared_bytes} bytes of shared memory, the limit is {shared}")
+    if warps is not None and kernel.num_warps > warps:
+        problems.append(f"{kernel.num_warps} warps, the limit is {warps}")
+    least = least_products(kernel, case.target, case.dtype, compiled.asynchronous > 0)
+    if compiled.products < least:
+        problems.append(f"{compiled.products} matrix instructions where {least} are the least")
+    return problems

@@ -1,0 +1,212 @@
+"""A NineToothed kernel made for one tile: generated, tidied, compiled by Triton at its first launch, launched.
+
+A launch through the generated function costs 15 to 40 us of Python: every size and stride is read, passed and bound
+again. Kernels here remember, per shapes, strides, dtypes and alignment of their arguments, the compiled kernel and the
+finished argument list, and hand only the tensors over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import os
+import pathlib
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from ntops_mla import interpreter
+from ntops_mla.kernel_source import tidy
+
+# Launches kept per kernel: serving meets a few hundred (batch sizes, table widths); prefill never meets one again, and
+# must not grow without end. Beyond it the table starts anew.
+_MAX_LAUNCHES = 1024
+_lock = threading.RLock()
+
+
+@functools.cache
+def make(name: str, num_warps: int, num_stages: int, options: tuple = (), **parameters: Any) -> Kernel:
+    """The kernel of `kernels/<name>.py` with the numbers that its `premake` takes.
+
+    options: further launch options of a platform, as pairs. Generating takes 50 to 300 ms, so each one is made once.
+    """
+    with _lock:
+        return Kernel(name, num_warps, num_stages, dict(options), parameters)
+
+
+class Kernel:
+    """`kernel(*tensors and numbers)` launches; `source` is the Triton source that is compiled."""
+
+    def __init__(
+        self, name: str, num_warps: int, num_stages: int, options: Mapping[str, Any], parameters: Mapping[str, Any]
+    ) -> None:
+        if interpreter.enabled():
+            interpreter.activate()
+        import ninetoothed
+
+        arrangement, application, tensors = importlib.import_module(f"ntops_mla.kernels.{name}").premake(**parameters)
+        handle = ninetoothed.make(
+            arrangement, application, tensors, kernel_name=name, num_warps=num_warps, num_stages=num_stages
+        )
+        self.name, self.num_warps, self.num_stages = name, num_warps, num_stages
+        self.options, self.parameters = dict(options), dict(parameters)
+        # Tensors without any fixed size are lists of lengths and the like; numbers count too.
+        loose = tuple(t.name for t in tensors if not any(isinstance(size, int) for size in t.shape))
+        self.source = tidy(pathlib.Path(handle._source).read_text(encoding="utf-8"), name, loose)
+        self.path = _store(name, self.source)
+        module = _load(self.path)
+        self.function = getattr(module, name)  # Triton's JITFunction, or its interpreter's
+        self._module = module
+        self._launch = getattr(module, f"launch_{name}")
+        self._launches: dict[tuple, tuple] = {}
+        self._fast = not interpreter.enabled() and _can_hand_over()
+
+    def __call__(self, *args: Any, key: tuple | None = None) -> None:
+        """Launch on the device of the first tensor, on its current stream.
+
+        key: hashable, and as good as the arguments' dtypes, shapes, strides, alignments to 16 bytes and numbers: equal
+        keys promise equal ones. An op that knows how its tensors hang together makes a shorter one than `form_of` all.
+        """
+        if _captured is not None:
+            _captured.append((self, args))
+            return
+        if not self._fast:
+            with _on(args[0].device):
+                self.plain(*args)
+            return
+        if key is None:
+            key = form_of(*args)
+        device = args[0].device
+        entry = self._launches.get((device, key))
+        with _on(device):
+            if entry is None:
+                entry = self._prepare(args)
+                if len(self._launches) >= _MAX_LAUNCHES:
+                    self._launches.clear()
+                self._launches[device, key] = entry
+            run, grid, function, metadata, template, places, stream = entry
+            arguments = template.copy()
+            for place, index in places:
+                arguments[place] = args[index]
+            run(*grid, stream(device.index), function, metadata, None, None, None, *arguments)
+
+    def plain(self, *args: Any) -> None:
+        """The generated launch, through Triton's own machinery."""
+        grid, arguments, keywords = self.record(*args)
+        self.function[grid](*arguments, **keywords, **self.options)
+
+    def record(self, *args: Any) -> tuple[tuple[int, ...], tuple, dict[str, Any]]:
+        """(grid, arguments, keywords) that the generated launch would hand to Triton."""
+        recorder = _Recorder()
+        with _lock:
+            setattr(self._module, self.name, recorder)
+            try:
+                self._launch(*args)
+            finally:
+                setattr(self._module, self.name, self.function)
+        grid, arguments, keywords = recorder.call
+        return tuple(grid({})) if callable(grid) else tuple(grid), arguments, keywords
+
+    def _prepare(self, args: tuple) -> tuple:
+        import triton
+
+        grid, arguments, keywords = self.record(*args)
+        compiled = self.function.warmup(*arguments, grid=grid, **keywords, **self.options)
+        if hasattr(compiled, "result"):  # compiled in the background
+            compiled = compiled.result()
+        compiled._init_handles()
+        places = [
+            (place, next(index for index, given in enumerate(args) if given is argument))
+            for place, argument in enumerate(arguments)
+            if isinstance(argument, torch.Tensor)
+        ]
+        # The template must not keep the caller's tensors alive.
+        template = [None if isinstance(argument, torch.Tensor) else argument for argument in arguments]
+        stream = triton.runtime.driver.active.get_current_stream
+        grid = grid + (1,) * (3 - len(grid))
+        return compiled.run, grid, compiled.function, compiled.packed_metadata, template, places, stream
+
+
+_captured: list[tuple[Kernel, tuple]] | None = None
+
+
+@contextlib.contextmanager
+def capture() -> Iterator[list[tuple[Kernel, tuple]]]:
+    """Collect (kernel, arguments) of every launch inside the `with` block in place of launching; not for threads."""
+    global _captured
+    _captured = launches = []
+    try:
+        yield launches
+    finally:
+        _captured = None
+
+
+def form_of(*args: Any) -> tuple:
+    """All of the arguments that a compiled kernel and its launch depend on."""
+    return tuple(
+        [
+            (a.shape, a.stride(), a.dtype, a.data_ptr() & 15) if isinstance(a, torch.Tensor) else (type(a), a)
+            for a in args
+        ]
+    )
+
+
+class _Recorder:
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*arguments: Any, **keywords: Any) -> None:
+            self.call = (grid, arguments, keywords)
+
+        return launch
+
+
+class _Nothing:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *raised: object) -> None: ...
+
+
+_NOTHING = _Nothing()
+
+
+def _on(device: torch.device) -> Any:
+    """Triton launches on the current device, whatever the tensors are on: make theirs current."""
+    if device.type == "cpu":
+        return _NOTHING
+    module = getattr(torch, device.type)
+    return _NOTHING if module.current_device() == device.index else module.device(device)
+
+
+def _can_hand_over() -> bool:
+    """Triton 3.3 and newer take the whole argument list, constants too; before, the convention was another."""
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
+
+
+def _store(name: str, source: str) -> pathlib.Path:
+    """Write `source` beside NineToothed's files, whole or not at all: other processes may be reading."""
+    from ninetoothed.generation import CACHE_DIR
+
+    path = CACHE_DIR / f"{name}_{hashlib.sha256(source.encode()).hexdigest()[:32]}.py"
+    if not path.exists():
+        descriptor, temporary = tempfile.mkstemp(dir=CACHE_DIR, suffix=".tmp")
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(source)
+        os.replace(temporary, path)
+    return path
+
+
+def _load(path: pathlib.Path) -> Any:
+    module_name = f"ntops_mla_generated.{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    spec.loader.exec_module(module)
+    return module
