@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ntops_mla import interpreter
+from ntops_mla.kernel import Kernel, make
 from ntops_mla.platform import Detection, Limits, Platform, Tile, probe
 
 # What a kernel that is only asked for its form may assume, and what the interpreter pretends: few, so that it splits.
@@ -28,6 +29,11 @@ class Board:
     def tile(self, kernel: str, dtype: torch.dtype, **sizes: int) -> Tile | None:
         """The tile to make `kernel` with, None where the platform has none that fits."""
         return self.platform.tile(kernel, self.limits and self.limits.arch, dtype, self.triton, **sizes)
+
+    def make(self, kernel: str, tile: Tile, **parameters: int) -> Kernel:
+        """`kernel` with the numbers of `tile`; `parameters` are further ones, and win."""
+        direct = bool(self.platform.direct_launch.value)
+        return make(kernel, tile.num_warps, tile.num_stages, tile.options, direct, **{**tile.blocks, **parameters})
 
     def __str__(self) -> str:
         parts = [self.platform.title]

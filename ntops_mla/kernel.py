@@ -1,8 +1,8 @@
 """A NineToothed kernel made for one tile: generated, tidied, compiled by Triton at its first launch, launched.
 
 A launch through the generated function costs 15 to 40 us of Python: every size and stride is read, passed and bound
-again. Kernels here remember, per shapes, strides, dtypes and alignment of their arguments, the compiled kernel and the
-finished argument list, and hand only the tensors over.
+again. On platforms where that is known to work, kernels remember, per shapes, strides, dtypes and alignment of their
+arguments, the compiled kernel and the finished argument list, and hand only the tensors over.
 """
 
 from __future__ import annotations
@@ -32,20 +32,29 @@ _lock = threading.RLock()
 
 
 @functools.cache
-def make(name: str, num_warps: int, num_stages: int, options: tuple = (), **parameters: Any) -> Kernel:
+def make(
+    name: str, num_warps: int, num_stages: int, options: tuple = (), direct: bool = False, **parameters: Any
+) -> Kernel:
     """The kernel of `kernels/<name>.py` with the numbers that its `premake` takes.
 
-    options: further launch options of a platform, as pairs. Generating takes 50 to 300 ms, so each one is made once.
+    options: further launch options of a platform, as pairs. direct: hand compiled kernels to the driver past Triton's
+    own launch. Generating takes 50 to 300 ms, so each one is made once.
     """
     with _lock:
-        return Kernel(name, num_warps, num_stages, dict(options), parameters)
+        return Kernel(name, num_warps, num_stages, dict(options), direct, parameters)
 
 
 class Kernel:
     """`kernel(*tensors and numbers)` launches; `source` is the Triton source that is compiled."""
 
     def __init__(
-        self, name: str, num_warps: int, num_stages: int, options: Mapping[str, Any], parameters: Mapping[str, Any]
+        self,
+        name: str,
+        num_warps: int,
+        num_stages: int,
+        options: Mapping[str, Any],
+        direct: bool,
+        parameters: Mapping[str, Any],
     ) -> None:
         if interpreter.enabled():
             interpreter.activate()
@@ -66,7 +75,7 @@ class Kernel:
         self._module = module
         self._launch = getattr(module, f"launch_{name}")
         self._launches: dict[tuple, tuple] = {}
-        self._fast = not interpreter.enabled() and _can_hand_over()
+        self._direct = direct and not interpreter.enabled() and _takes_whole_lists()
 
     def __call__(self, *args: Any, key: tuple | None = None) -> None:
         """Launch on the device of the first tensor, on its current stream.
@@ -77,7 +86,7 @@ class Kernel:
         if _captured is not None:
             _captured.append((self, args))
             return
-        if not self._fast:
+        if not self._direct:
             with _on(args[0].device):
                 self.plain(*args)
             return
@@ -183,7 +192,7 @@ def _on(device: torch.device) -> Any:
     return _NOTHING if module.current_device() == device.index else module.device(device)
 
 
-def _can_hand_over() -> bool:
+def _takes_whole_lists() -> bool:
     """Triton 3.3 and newer take the whole argument list, constants too; before, the convention was another."""
     import triton
 

@@ -262,6 +262,8 @@ class Platform:
     # How much longer a FLOP of attention takes than one of a projection: absorbed and expanded form are weighed by it.
     attention_flop_cost: Fact = Fact(1, "derived: both at the same rate, as on paper")
     tiles: tuple[Tile, ...] = ()
+    # 1: compiled kernels may be handed to the driver past Triton's own launch, which costs more (kernel.py)
+    direct_launch: Fact = Fact(0, "not tried: a vendor's Triton may take its arguments otherwise")
     interpreted_gates: Mapping[str, Mapping[str, Gate]] | None = None
     known_bad: tuple[Fact, ...] = ()
     launch_options: tuple[LaunchOption, ...] = ()

@@ -7,7 +7,7 @@ import functools
 import torch
 
 from ntops_mla.board import Board
-from ntops_mla.kernel import Kernel, make
+from ntops_mla.kernel import Kernel
 from ntops_mla.ops import _check
 from ntops_mla.ops._op import register
 from ntops_mla.ops.rms_norm import normalise
@@ -109,8 +109,7 @@ def _tiles(board: Board, dtypes: tuple, sizes: tuple) -> list:
 @functools.lru_cache(maxsize=256)
 def _made(board: Board, dtype: torch.dtype, latent: int, rope: int, page_size: int) -> Kernel:
     tile = board.tile("latent_append", dtype, latent=latent)
-    parameters = {"page_size": page_size, "latent": latent, "rope": rope}
-    return make("latent_append", tile.num_warps, tile.num_stages, tile.options, **parameters, **tile.blocks)
+    return board.make("latent_append", tile, page_size=page_size, latent=latent, rope=rope)
 
 
 def _kernel(board: Board, kv_a, weight, cos, sin, slots, cache, eps):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ntops_mla.board import Board
-from ntops_mla.kernel import Kernel, make
+from ntops_mla.kernel import Kernel
 from ntops_mla.ops import _check
 from ntops_mla.ops._attention import GATHER_BYTES, attend, joined, merge
 from ntops_mla.ops._op import register
@@ -301,13 +301,12 @@ class _Made(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def _made(board: Board, dtype: torch.dtype, latent: int, rope: int, page_size: int, rows: int) -> _Made:
     tile = board.tile("mla_decode", dtype, rows=rows, latent=latent)
-    blocks = {**tile.blocks, "block_n": min(tile.blocks["block_n"], page_size)}
-    blocks["block_c"] = min(blocks["block_c"], latent)
-    parameters = {"page_size": page_size, "latent": latent, "rope": rope}
-    decode = make("mla_decode", tile.num_warps, tile.num_stages, tile.options, **parameters, **blocks)
-    tile = board.tile("mla_combine", dtype, latent=latent)
-    combine = make("mla_combine", tile.num_warps, tile.num_stages, tile.options, latent=latent, **tile.blocks)
-    return _Made(decode, combine, blocks["block_h"], blocks["block_n"])
+    # A tile of keys lies in one page, a part of the columns in the latent.
+    block_n, block_c = min(tile.blocks["block_n"], page_size), min(tile.blocks["block_c"], latent)
+    sizes = {"page_size": page_size, "latent": latent, "rope": rope}
+    decode = board.make("mla_decode", tile, block_n=block_n, block_c=block_c, **sizes)
+    combine = board.make("mla_combine", board.tile("mla_combine", dtype, latent=latent), latent=latent)
+    return _Made(decode, combine, tile.blocks["block_h"], block_n)
 
 
 def split(programs: int, keys: int, processors: int) -> int:

@@ -8,7 +8,7 @@ import itertools
 import torch
 
 from ntops_mla.board import Board
-from ntops_mla.kernel import Kernel, make
+from ntops_mla.kernel import Kernel
 from ntops_mla.ops import _check
 from ntops_mla.ops._attention import attend
 from ntops_mla.ops._op import register
@@ -147,8 +147,7 @@ def _tiles(board: Board, dtypes: tuple, sizes: tuple) -> list:
 def _made(board: Board, dtype: torch.dtype, width: int, v_width: int) -> tuple[Kernel, int, int]:
     """The kernel and its tile's rows and keys."""
     tile = board.tile("mla_prefill", dtype, width=width)
-    parameters = {"qk_width": width, "v_width": v_width}
-    kernel = make("mla_prefill", tile.num_warps, tile.num_stages, tile.options, **parameters, **tile.blocks)
+    kernel = board.make("mla_prefill", tile, qk_width=width, v_width=v_width)
     return kernel, tile.blocks["block_m"], tile.blocks["block_n"]
 
 

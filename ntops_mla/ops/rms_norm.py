@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ntops_mla.board import Board
-from ntops_mla.kernel import Kernel, make
+from ntops_mla.kernel import Kernel
 from ntops_mla.ops import _check
 from ntops_mla.ops._op import register
 from ntops_mla.platform import Platform
@@ -67,7 +67,7 @@ def _tiles(board: Board, dtypes: tuple, sizes: tuple) -> list:
 @functools.lru_cache(maxsize=256)
 def _made(board: Board, dtype: torch.dtype, width: int) -> Kernel:
     tile = board.tile("rms_norm", dtype, width=width)
-    return make("rms_norm", tile.num_warps, tile.num_stages, tile.options, width=width, **tile.blocks)
+    return board.make("rms_norm", tile, width=width)
 
 
 def _kernel(board: Board, input, weight, eps):

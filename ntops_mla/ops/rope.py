@@ -7,7 +7,7 @@ import functools
 import torch
 
 from ntops_mla.board import Board
-from ntops_mla.kernel import Kernel, make
+from ntops_mla.kernel import Kernel
 from ntops_mla.ops import _check
 from ntops_mla.ops._op import register
 from ntops_mla.platform import Platform
@@ -89,7 +89,7 @@ def _tiles(board: Board, dtypes: tuple, sizes: tuple) -> list:
 @functools.lru_cache(maxsize=256)
 def _made(board: Board, dtype: torch.dtype, width: int) -> Kernel:
     tile = board.tile("rope", dtype, width=width)
-    return make("rope", tile.num_warps, tile.num_stages, tile.options, width=width, **tile.blocks)
+    return board.make("rope", tile, width=width)
 
 
 def _kernel(board: Board, q_pe, cos, sin):

@@ -1,0 +1,98 @@
+"""The launch cache: what it hands over is what NineToothed's own launch would, and it keeps nothing alive."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parent.parent
+
+# A driver without a device, whose launcher notes what it is given; each test is a process, since the driver is global.
+SETUP = """
+import gc, weakref
+import torch
+from ntops_mla import interpreter, kernel
+interpreter.install_driver()
+import triton
+given = []
+class Launcher:
+    def __init__(self, *args): ...
+    def __call__(self, *args): given.append(args)
+driver = triton.runtime.driver.active
+driver.launcher_cls = Launcher
+driver.utils.load_binary = lambda *args: (0, 0, 0, 0, 1024)
+made = kernel.make("rms_norm", 4, 1, direct=True, width=512)
+def arguments(tokens=3, offset=0):
+    x = torch.zeros(tokens * 512 + offset)[offset:].view(tokens, 512)
+    return x, torch.ones(512), 1e-6, torch.empty(tokens, 512)
+"""
+
+
+def run(script):
+    """The script after SETUP, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SETUP + script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_cache_hands_over_what_the_generated_launch_would():
+    run("""
+args = arguments()
+made(*args)
+made.plain(*args)
+other = arguments()
+made(*other)
+made.plain(*other)
+def form(call):
+    head = 9  # grid, stream, function, metadata, hooks
+    return [call[:4]] + [(a.data_ptr(), a.shape) if isinstance(a, torch.Tensor) else a for a in call[head:]]
+assert len(given) == 4, len(given)
+assert form(given[0]) == form(given[1]) and form(given[2]) == form(given[3])
+assert form(given[0]) != form(given[2])  # other tensors, and not the first ones again
+assert len(made._launches) == 1
+""")
+
+
+def test_alignment_shape_and_numbers_make_launches_of_their_own():
+    run("""
+for args in (arguments(), arguments(5), arguments(offset=1), (*arguments()[:2], 1e-5, arguments()[3])):
+    made(*args)
+assert len(made._launches) == 4
+assert given[0][0] == 3 and given[1][0] == 5  # the grid
+""")
+
+
+def test_tensors_are_not_kept_alive():
+    run("""
+args = arguments()
+gone = [weakref.ref(a) for a in args if isinstance(a, torch.Tensor)]
+made(*args)
+made(*args)
+given.clear()
+del args
+gc.collect()
+assert [ref() for ref in gone] == [None] * 3
+""")
+
+
+def test_the_cache_is_bounded():
+    run("""
+kernel._MAX_LAUNCHES = 4
+for tokens in range(1, 12):
+    made(*arguments(tokens))
+assert 1 <= len(made._launches) <= 4 and len(given) == 11
+""")
+
+
+def test_a_platform_that_was_not_tried_launches_through_triton():
+    run("""
+from ntops_mla.board import Board
+from ntops_mla.platform import get_platform
+import torch
+for name, direct in (("nvidia", True), ("moore", False), ("metax", False), ("iluvatar", False)):
+    board = Board(get_platform(name))
+    assert board.make("rms_norm", board.tile("rms_norm", torch.float32, width=512), width=512)._direct is direct, name
+""")
