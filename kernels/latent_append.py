@@ -25,6 +25,13 @@ def arrangement(kv_a_latent, kv_a_pe, weight, cos, sin, slots, eps, kv_cache, pe
         arranged.dtype = arranged.dtype.squeeze(0)
         return arranged
 
+    def rows(tensor, start, stop):
+        # (T,) x (T,) x (columns,): the row is picked by an int64 index, because T * stride can pass 2^31
+        arranged = tensor[:, start:stop].tile((1, stop - start)).tile((-1, 1)).squeeze(1).expand((tokens,))
+        arranged.dtype = arranged.dtype.squeeze(1)
+        arranged.dtype.dtype = arranged.dtype.dtype.squeeze(0)
+        return arranged
+
     def paged(tensor, start, stop):
         # (T,) x (pages, page_size) x (columns,)
         columns = stop - start
@@ -37,8 +44,8 @@ def arrangement(kv_a_latent, kv_a_pe, weight, cos, sin, slots, eps, kv_cache, pe
     slot.dtype = slot.dtype.squeeze(0)
     half = (width - latent) // 2
     return (
-        row(kv_a_latent, 0, latent),
-        row(kv_a_pe, latent, width),
+        rows(kv_a_latent, 0, latent),
+        rows(kv_a_pe, latent, width),
         weight.tile((latent,)).expand((tokens,)),
         row(cos, 0, half),
         row(sin, 0, half),
@@ -50,22 +57,24 @@ def arrangement(kv_a_latent, kv_a_pe, weight, cos, sin, slots, eps, kv_cache, pe
 
 
 def application(kv_a_latent, kv_a_pe, weight, cos, sin, slots, eps, kv_cache, pe_cache):
+    token = ntl.cast(ntl.program_id(0), ntl.int64)
     # 2^31 slots would be terabytes: int32 is enough for them, and not all boards divide int64
     slot = ntl.cast(slots, ntl.int32)
     page_size = kv_cache.shape[1]
     # Page -1 is outside the cache, so that the store is masked; int64, because page * stride can pass 2^31
-    page = ntl.cast(ntl.where(slot >= 0, slot // page_size, -1), ntl.int64)
+    there = (slots >= 0) & (slots < 2147483647)
+    page = ntl.cast(ntl.where(there, slot // page_size, -1), ntl.int64)
     offset = slot % page_size
 
     # [C]
-    x = ntl.cast(kv_a_latent, ntl.float32)
+    x = ntl.cast(kv_a_latent[token], ntl.float32)
     # [C]
     w = ntl.cast(weight, ntl.float32)
     scale = ntl.rsqrt(ntl.sum(x * x, axis=0) / weight.shape[0] + eps)
     kv_cache[page, offset] = x * scale * w
 
     # [R]
-    pe = ntl.cast(kv_a_pe, ntl.float32)
+    pe = ntl.cast(kv_a_pe[token], ntl.float32)
     # [R / 2]
     c = cos
     # [R / 2]

@@ -105,7 +105,8 @@ def application(
     if (start >= end) & (split > 0):
         return
 
-    # [block_h, block_c], or a half of it twice
+    # The number of parts is a constant: each `if` on it is decided while compiling.
+    # [block_h, block_c]
     q0 = q_nope[batch, 0]
     if q_nope.shape[1] == 2:
         # [block_h, block_c]

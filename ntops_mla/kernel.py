@@ -126,6 +126,8 @@ class Kernel:
     def _prepare(self, args: tuple) -> tuple:
         import triton
 
+        # A tensor given twice is two arguments that may differ the next time: each gets an alias of its own.
+        args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
         grid, arguments, keywords = self.record(*args)
         compiled = self.function.warmup(*arguments, grid=grid, **keywords, **self.options)
         if hasattr(compiled, "result"):  # compiled in the background
@@ -165,6 +167,12 @@ def form_of(*args: Any) -> tuple:
             for a in args
         ]
     )
+
+
+def within_int32(tensor: torch.Tensor, *dims: int) -> torch.Tensor:
+    """`tensor`, made contiguous where kernels, which count the offsets within `dims` in int32, would overflow."""
+    reach = sum((tensor.shape[dim] - 1) * tensor.stride(dim) for dim in dims)
+    return tensor if reach < 2**31 else tensor.contiguous()
 
 
 class _Recorder:

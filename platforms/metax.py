@@ -64,6 +64,8 @@ PLATFORM = Platform(
         _tile("rope", 4, block_h=16),
         _tile("latent_append", 4),
         _tile("mla_combine", 4),
+        # Products of 16 rows or keys: the reports of an assertion below 32 are of addmm and bmm; peers ship MLA decode
+        # tiles of 16 x 16 and 16 x 32 there.
         # 32 rows and 16 keys: the queries and a tile of keys take 55 KB where a compiler puts both into shared memory
         _tile("mla_decode", 4, _HALF, when={"rows": (17, None)}, block_h=32, block_n=16, block_c=512),
         _tile("mla_decode", 4, _HALF, block_h=16, block_n=32, block_c=512),

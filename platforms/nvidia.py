@@ -13,6 +13,10 @@ _COMPUTES = "the kernel computes in float32 inside"
 _BLACKWELL = Fact("3.6", "derived: Triton 3.2's compiler aborts for it; 3.3 to 3.5 were not tried")
 
 
+# Compiled for their nearest in shared memory, whose instructions they have, but for sm_89's fp8
+_NEAREST = {"sm_86": ("cuda:89",), "sm_87": ("cuda:80",)}
+
+
 def _limits(arch: str, capability: tuple[int, int], shared_kib: int) -> Limits:
     return Limits(
         arch=arch,
@@ -21,6 +25,7 @@ def _limits(arch: str, capability: tuple[int, int], shared_kib: int) -> Limits:
         max_warps=Fact(32, f"derived: 1024 threads per block ({_CUDA_GUIDE}) / 32 lanes"),
         lanes=Fact(32, _CUDA_GUIDE),
         triton_target=Fact(f"cuda:{10 * capability[0] + capability[1]}", "triton-lang/triton:third_party/nvidia"),
+        stand_ins=_NEAREST.get(arch, ()),
         triton_min=_BLACKWELL if capability >= (10, 0) else None,
     )
 

@@ -78,6 +78,41 @@ assert [ref() for ref in gone] == [None] * 3
 """)
 
 
+def test_a_tensor_given_twice_is_two_arguments():
+    run("""
+rope = kernel.make("rope", 4, 1, direct=True, block_h=4, width=64)
+q, cos, sin, out = torch.zeros(3, 4, 64), torch.ones(3, 32), torch.zeros(3, 32), torch.empty(3, 4, 64)
+rope(q, cos, cos, out)
+rope(q, cos, sin, out)
+pointers = [a.data_ptr() for a in given[1] if isinstance(a, torch.Tensor)]
+assert sorted(pointers) == sorted(t.data_ptr() for t in (q, cos, sin, out))
+""")
+
+
+def test_decode_in_one_dtype_is_not_launched_for_another():
+    run("""
+import importlib
+from ntops_mla import ops
+from ntops_mla.board import Board
+from ntops_mla.platform import get_platform
+prepare, prepared = kernel.Kernel._prepare, []
+def noting(self, args):
+    prepared.append((self.name, args[0].dtype, args[-2].dtype))
+    return prepare(self, args)
+kernel.Kernel._prepare = noting
+platform = get_platform("nvidia")
+board = Board(platform, platform.limits_for((9, 0)), None, 132)
+op = ops.get("mla_decode")
+for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.bfloat16):
+    args = op.example("cpu", dtype, tokens=2, heads=16)
+    op.spec.kernel(board, *args[:-1], 4)
+    op.spec.kernel(board, *args)
+for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    assert ("mla_decode", dtype, torch.float32) in prepared and ("mla_decode", dtype, dtype) in prepared, prepared
+    assert ("mla_combine", torch.float32, dtype) in prepared, prepared
+""")
+
+
 def test_the_cache_is_bounded():
     run("""
 kernel._MAX_LAUNCHES = 4

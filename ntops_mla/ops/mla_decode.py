@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ntops_mla.board import Board
-from ntops_mla.kernel import Kernel
+from ntops_mla.kernel import Kernel, within_int32
 from ntops_mla.ops import _check
 from ntops_mla.ops._attention import GATHER_BYTES, attend, joined, merge
 from ntops_mla.ops._op import register
@@ -327,6 +327,12 @@ def _kernel(board: Board, q_nope, q_pe, kv_cache, pe_cache, block_table, seq_len
     lse = torch.empty(batch, heads, s_q, dtype=torch.float32, device=device)
     if not out.numel():
         return out, lse
+    q_nope, q_pe = (within_int32(q, 1, 2) for q in (q_nope, q_pe))
+    for name, cache in (("kv_cache", kv_cache), ("pe_cache", pe_cache)):
+        if within_int32(cache, 1) is not cache:
+            raise NotImplementedError(
+                f"{name}: slots {cache.stride(1)} elements apart, which int32 offsets do not reach"
+            )
     made = _made(board, q_nope.dtype, latent, q_pe.shape[3], page_size, rows)
     splits, least = num_splits, 1
     if splits is None:
@@ -346,7 +352,8 @@ def launch(made: _Made, inputs: tuple, causal: bool, splits: int, out, lse, part
     q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, least = inputs
     # All that the launches depend on: to read a shape or a stride costs 0.15 us, and outputs are contiguous.
     key = (
-        q_nope.shape, q_nope.stride(), q_pe.stride(), kv_cache.shape, kv_cache.stride(), pe_cache.stride(),
+        q_nope.dtype, made.block_n, q_nope.shape, q_nope.stride(), q_pe.stride(), kv_cache.shape, kv_cache.stride(),
+        pe_cache.stride(),
         block_table.shape, block_table.stride(), seq_lens.stride(), softmax_scale, least, causal, splits,
         q_nope.data_ptr() & 15, q_pe.data_ptr() & 15, kv_cache.data_ptr() & 15, pe_cache.data_ptr() & 15,
         block_table.data_ptr() & 15, seq_lens.data_ptr() & 15,

@@ -8,7 +8,7 @@ import itertools
 import torch
 
 from ntops_mla.board import Board
-from ntops_mla.kernel import Kernel
+from ntops_mla.kernel import Kernel, within_int32
 from ntops_mla.ops import _check
 from ntops_mla.ops._attention import attend
 from ntops_mla.ops._op import register
@@ -37,8 +37,9 @@ def mla_prefill(
     k[j, h])
 
     q: `[T, H, Dqk]`. k: `[Tk, H, Dqk]`. v: `[Tk, H, Dv]` (192 and 128 in DeepSeek's models, 256 and 256 in GLM's), any
-    strides. cu_seqlens_q, cu_seqlens_k: int32 `[B + 1]`, rising from 0 to T and Tk. Causal: the diagonal is aligned at
-    the end of each request, row i of n sees the first n_k - n + 1 + i keys.
+    strides. cu_seqlens_q, cu_seqlens_k: int32 `[B + 1]`, rising from 0 to T and Tk (PyTorch checks it; a kernel leaves
+    rows of no request unwritten). Causal: the diagonal is aligned at the end of each request, row i of n sees the first
+    n_k - n + 1 + i keys.
 
     Returns out `[T, H, Dv]` of q's dtype (bfloat16, float16, float32; float64 by PyTorch) and lse float32 `[H, T]`,
     natural logarithm. A row that sees no key: out 0, lse -inf. Raises TypeError or ValueError that names the argument.
@@ -155,6 +156,7 @@ def _kernel(board: Board, q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, ca
     out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
     if out.numel():
+        q, k, v = (within_int32(x, 1, 2) for x in (q, k, v))
         launch, block_m, block_n = _made(board, q.dtype, q.shape[2], v.shape[2])
         launch(q, q, k, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, block_n, out, lse, block_m)
     return out, lse

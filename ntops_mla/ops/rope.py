@@ -7,7 +7,7 @@ import functools
 import torch
 
 from ntops_mla.board import Board
-from ntops_mla.kernel import Kernel
+from ntops_mla.kernel import Kernel, within_int32
 from ntops_mla.ops import _check
 from ntops_mla.ops._op import register
 from ntops_mla.platform import Platform
@@ -95,7 +95,7 @@ def _made(board: Board, dtype: torch.dtype, width: int) -> Kernel:
 def _kernel(board: Board, q_pe, cos, sin):
     out = torch.empty(q_pe.shape, dtype=q_pe.dtype, device=q_pe.device)
     if out.numel():
-        _made(board, q_pe.dtype, q_pe.shape[2])(q_pe, cos, sin, out)
+        _made(board, q_pe.dtype, q_pe.shape[2])(within_int32(q_pe, 1, 2), cos, sin, out)
     return out
 
 

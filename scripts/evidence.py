@@ -1,0 +1,117 @@
+"""Collects what the Triton of this Python shows: numerics in its interpreter, and every tile compiled.
+
+    python scripts/evidence.py [--folder benchmarks/evidence]
+
+Writes FOLDER/triton-VERSION.json: versions, date, commit, `interpreted` (kernel -> tests passed and failed) and
+`compiled` (a row for each platform, architecture, target, kernel and dtype: the worst numbers of its tiles).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def main() -> int:
+    """Status 1 where a test fails or a tile must not be shipped; the file says which."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=pathlib.Path, default=ROOT / "benchmarks" / "evidence")
+    args = parser.parse_args()
+    interpreted = {path.stem.removeprefix("test_"): run_tests(path) for path in interpreted_files()}
+    compiled = compile_all()
+    found = {
+        "triton": importlib.metadata.version("triton"),
+        "ninetoothed": importlib.metadata.version("ninetoothed"),
+        "torch": importlib.metadata.version("torch"),
+        "numpy": importlib.metadata.version("numpy"),
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "date": datetime.date.today().isoformat(),
+        "commit": git("rev-parse", "--short", "HEAD")
+        + ("+" if git("status", "--porcelain", "kernels", "ntops_mla", "platforms", "tests") else ""),
+        "interpreted": interpreted,
+        "compiled": compiled,
+    }
+    args.folder.mkdir(parents=True, exist_ok=True)
+    path = args.folder / f"triton-{found['triton']}.json"
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    failed = [name for name, counts in interpreted.items() if counts["failed"]]
+    spoiled = [row for row in compiled if row["problems"]]
+    print(f"{path}: interpreted {len(interpreted)} files, failed: {failed or 'none'}; compiled "
+          f"{sum(row['tiles'] for row in compiled)} kernels, {len(spoiled)} rows with problems")  # fmt: skip
+    return 1 if failed or spoiled else 0
+
+
+def interpreted_files() -> list[pathlib.Path]:
+    """The files of tests/interpreted."""
+    return sorted((ROOT / "tests" / "interpreted").glob("test_*.py"))
+
+
+def run_tests(path: pathlib.Path) -> dict[str, int]:
+    """Runs one file of interpreted tests; a file that does not run counts as one failure."""
+    environment = {**os.environ, "NTOPS_MLA_INTERPRET": "1", "NTOPS_MLA_STRICT": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(ROOT)
+    print(f"  interpreting {path.name}", end=" ", flush=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    last = done.stdout.strip().splitlines()[-1:] or [done.stderr.strip()[-200:]]
+    print(last[0], flush=True)
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error|skipped)", last[0])}
+    failed = counts.get("failed", 0) + counts.get("error", 0)
+    if done.returncode not in (0, 1) and not failed:
+        failed = 1
+    return {"passed": counts.get("passed", 0), "failed": failed, "skipped": counts.get("skipped", 0)}
+
+
+def compile_all() -> list[dict]:
+    """The rows of `python -m ntops_mla compile --all`, put together."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "rows.json"
+        command = [sys.executable, "-W", "ignore", "-m", "ntops_mla", "compile", "--all", "--json", str(path)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+            count = 0
+            for count, _ in enumerate(process.stdout, 1):
+                if count % 50 == 0:
+                    print(f"  compiled {count}", flush=True)
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    grouped: dict[tuple, list[dict]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("platform", "arch", "target", "stand_in", "op", "kernel", "dtype"))
+        grouped.setdefault(key, []).append(row)
+    return [
+        {
+            **dict(zip(("platform", "arch", "target", "stand_in", "op", "kernel", "dtype"), key)),
+            "tiles": len(members),
+            **{
+                f"most_{name}": max((row.get(name) or 0) for row in members)
+                for name in ("registers", "spill_bytes", "shared_bytes")
+            },
+            "problems": sorted({problem for row in members for problem in row["problems"]}),
+        }
+        for key, members in grouped.items()
+    ]
+
+
+def git(*args: str) -> str:
+    """What git says, empty where there is no repository."""
+    return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
