@@ -9,6 +9,9 @@ import torch
 
 import ntops_mla.dispatch
 
+# In processes of their own, which tests/test_interpreted.py starts.
+collect_ignore = [] if os.environ.get("NTOPS_MLA_INTERPRET", "").strip() == "1" else ["interpreted"]
+
 _SEED = int(os.environ.get("NTOPS_MLA_TEST_SEED") or random.SystemRandom().randrange(1 << 30))
 
 

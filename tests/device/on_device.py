@@ -1,0 +1,198 @@
+"""How a test speaks to the device: arguments go there as they lie, results are compared with float64 on the CPU."""
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from ntops_mla import dispatch, interpreter, ops
+from ntops_mla.devices import detect, device_module, synchronize
+from ntops_mla.testing import assert_close
+from tests.interpreted.numerics import DECODE, DTYPES, PREFILL
+from tests.test_ops import ROUNDED, append_inputs, decode64, decode_inputs, prefill64, prefill_inputs, turns
+
+INTERPRETED = interpreter.enabled()
+NAMES = ops.names()
+NAN = float("nan")
+
+
+def pick(device, interpreted):
+    """A value for a device, and the one for the interpreter, which takes a second where a device takes 10 us."""
+    return interpreted if INTERPRETED else device
+
+
+def scaled(*lengths):
+    """Lengths for a device; in the interpreter an eighth of each, but 0 stays the only 0."""
+    return [-(-length // pick(1, 8)) for length in lengths]
+
+
+def on(device, values):
+    """Copies of `values` on `device`, each of the same strides and offset; what shares a storage shares one there."""
+    storages = {}
+
+    def moved(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        storage = value.untyped_storage()
+        key = storage.data_ptr(), value.dtype
+        if key not in storages:
+            flat = torch.empty(0, dtype=value.dtype)
+            flat.set_(storage, 0, (storage.nbytes() // value.element_size(),), (1,))
+            storages[key] = flat.to(device, copy=True)
+        return storages[key].as_strided(value.shape, value.stride(), value.storage_offset())
+
+    return [moved(value) for value in values]
+
+
+def run(op, *args, **kwargs):
+    """The result of `op`, which its kernel has computed, unless the platform's gate for the dtype says PyTorch."""
+    name = op.__name__
+    with dispatch.record() as ran:
+        result = op(*args, **kwargs)
+    gate = detect(args[0].device).platform.gate(name, args[0].dtype, INTERPRETED)
+    assert ran[name].backend == ("reference" if gate.mode == "reference" else "kernel"), ran[name]
+    return result
+
+
+def check_rounded(value, expected, name="value"):
+    """An element-wise op computes in float32 and rounds once: both errors are allowed for together.
+
+    Half a unit or float32's noise is not enough: near a tie the noise decides, and of millions of elements some are.
+    """
+    assert value.shape == expected.shape
+    tolerance = ROUNDED[value.dtype]
+    error, true = (value.cpu().double() - expected).abs(), expected.abs()
+    allowed = tolerance.rel * true + tolerance.abs
+    bad = ~(error <= allowed)  # NaN too
+    if bad.any():
+        worst = int(torch.where(bad, error / allowed, -1.0).nan_to_num(torch.inf).argmax())
+        raise AssertionError(
+            f"{name}: {int(bad.sum())} of {bad.numel()} elements differ, at worst "
+            f"{value.flatten()[worst].item():.6g} for {expected.flatten()[worst].item():.6g}"
+        )
+
+
+def check_attention(out, lse, expected_out, expected_lse, dtype, tolerances):
+    """out has lse's dimensions and the columns; a row without keys is 0 with lse -inf."""
+    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+    out, lse = out.cpu(), lse.cpu()
+    blind = expected_lse == float("-inf")
+    assert torch.equal(lse == float("-inf"), blind)
+    assert torch.equal(out[blind], torch.zeros_like(out[blind]))
+    out_tolerance, lse_tolerance = tolerances[dtype]
+    assert_close(out, expected_out, out_tolerance, "out")
+    assert_close(lse, expected_lse, lse_tolerance, "lse")
+
+
+def check_decode(device, args, causal=True, num_splits=None):
+    """mla_decode of CPU arguments, on the device."""
+    out, lse = run(ops.mla_decode, *on(device, args), causal=causal, num_splits=num_splits)
+    agree_decode(args, out, lse, causal)
+    return out, lse
+
+
+def agree_decode(args, out, lse, causal=True):
+    """out and lse are what float64 makes of `args`, which are on the CPU."""
+    expected_out, expected_lse = decode64(*args, causal=causal)
+    check_attention(out.transpose(1, 2), lse, expected_out.transpose(1, 2), expected_lse, args[0].dtype, DECODE)
+
+
+def check_prefill(device, args, causal=True):
+    """mla_prefill of CPU arguments, on the device."""
+    out, lse = run(ops.mla_prefill, *on(device, args), causal=causal)
+    expected_out, expected_lse = prefill64(*args, causal=causal)
+    check_attention(out.transpose(0, 1), lse, expected_out.transpose(0, 1), expected_lse, args[0].dtype, PREFILL)
+    return out, lse
+
+
+# Any op alike, for what holds of all of them
+
+
+def arguments(name, dtype):
+    """Odd sizes, strides and lengths, on the CPU."""
+    if name == "rms_norm":
+        return [torch.randn(37, 519).to(dtype)[:, 3:515], torch.randn(512).to(dtype), 1e-6]
+    if name == "rope":
+        tokens = pick(37, 5)
+        return [torch.randn(tokens, 20, 192).to(dtype)[..., 128:], *turns(tokens, 64)]
+    if name == "latent_append":
+        args = list(append_inputs(pick(37, 5), 16, dtype, strided=True))
+        args[4][2] = -1
+        return [*args, 1e-6]
+    if name == "mla_decode":
+        lengths = scaled(300, 0, 1, 77)
+        heads = pick(20, 3)
+        return [*decode_inputs(lengths, s_q=2, heads=heads, page_size=16, strided=True, dtype=dtype), True, None]
+    lengths = scaled(150, 0, 33), scaled(170, 40, 32)
+    return [*prefill_inputs(*lengths, heads=3, strided=True, dtype=dtype), True]
+
+
+def outcome(name, args):
+    """What the op called `name` makes of `args`: its results, or the cache it has written to."""
+    result = run(getattr(ops, name), *args)
+    return [args[5]] if name == "latent_append" else [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+def check_outcome(name, args, results):
+    """`results` of the device are what PyTorch makes of `args`, on the CPU, in float64."""
+    dtype = args[0].dtype
+    exact = [a.double() if isinstance(a, torch.Tensor) and a.dtype in DTYPES else a for a in args]
+    for index in {"rope": (1, 2), "latent_append": (2, 3)}.get(name, ()):  # cos and sin are float32 in every op
+        exact[index] = args[index]
+    expected = getattr(ops, name).reference(*exact)
+    if name == "mla_decode":
+        wanted, results = (expected[0].transpose(1, 2), expected[1]), (results[0].transpose(1, 2), results[1])
+        return check_attention(*results, *wanted, dtype, DECODE)
+    if name == "mla_prefill":
+        wanted, results = (expected[0].transpose(0, 1), expected[1]), (results[0].transpose(0, 1), results[1])
+        return check_attention(*results, *wanted, dtype, PREFILL)
+    if name == "latent_append":  # NaN where nothing is written
+        expected, result = exact[5], results[0].cpu()
+        assert torch.equal(result.isnan(), expected.isnan())
+        return check_rounded(result.nan_to_num(0), expected.nan_to_num(0), name)
+    return check_rounded(results[0], expected, name)
+
+
+# Graphs and streams
+
+
+@dataclasses.dataclass
+class Captured:
+    """`replay()` runs the work again, over what its inputs hold now, into `results`."""
+
+    replay: Callable[[], object]
+    results: list[torch.Tensor]
+
+
+def capture(device, function):
+    """Record what `function` launches; it returns a list of tensors. In the interpreter it is called again instead."""
+    module = device_module(device)
+    if INTERPRETED:
+        results = function()
+
+        def again():
+            for kept, new in zip(results, function()):
+                kept.copy_(new)
+
+        return Captured(again, results)
+    make = getattr(module, f"{device.type.upper()}Graph", None)
+    if make is None or not hasattr(module, "graph"):
+        pytest.skip(f"torch.{device.type} of this machine has no graphs")
+    # Compiling and the first choice of an op are no part of a graph.
+    with side_stream(device):
+        for _ in range(2):
+            function()
+    synchronize(device)
+    graph = make()
+    with module.graph(graph):
+        results = function()
+    return Captured(graph.replay, results)
+
+
+def side_stream(device):
+    """A `with` block whose work goes to a stream of its own, behind what was launched before."""
+    module = device_module(device)
+    stream = module.Stream()
+    stream.wait_stream(module.current_stream())
+    return module.stream(stream)
