@@ -11,6 +11,7 @@ kernel that used them would otherwise pass or fail by accident.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import sys
@@ -157,6 +158,10 @@ def _repair() -> None:
     def create_dot(self, a, b, d, *rest):
         return stock_dot(self, widened(a), widened(b), d, *rest)
 
+    # Triton 3.9 checks integers for overflow, which takes half of its time, and without `debug` drops the outcome.
+    options = getattr(interpreter.interpreter_builder, "options", None)
+    if getattr(options, "sanitize_overflow", False):
+        interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
     builder.cast_impl = cast_impl
     builder.create_fp_to_fp = create_fp_to_fp
     builder.binary_op = binary_op

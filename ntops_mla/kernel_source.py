@@ -71,6 +71,8 @@ def _range(node: ast.AST) -> tuple[float, float] | None:
     if isinstance(node.op, ast.Mult):
         return left[0] * right[0], math.inf if math.inf in (left[1], right[1]) else left[1] * right[1]
     if isinstance(node.op, ast.FloorDiv):
+        if right[1] == 0:
+            return None
         least = right[0] or 1  # nothing is divided by an empty dimension: no program runs for one
         return 0 if right[1] == math.inf else left[0] // right[1], left[1] // least if left[1] < math.inf else math.inf
     if isinstance(node.op, ast.Mod):

@@ -4,8 +4,6 @@ tests/test_interpreted.py starts such processes, one for each file. Here every a
 checked, and nothing falls back to PyTorch unnoticed.
 """
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -36,12 +34,8 @@ def _strict(monkeypatch, _fresh_dispatch):
 def launches(monkeypatch):
     """(kernel, dtypes of its tensors) of every launch; each of its accesses must lie within one of its tensors."""
     interpreter.activate()
-    from triton.runtime.interpreter import InterpreterBuilder, interpreter_builder
+    from triton.runtime.interpreter import InterpreterBuilder
 
-    if getattr(getattr(interpreter_builder, "options", None), "sanitize_overflow", False):
-        # Half of the interpreter's time goes into checks of every sum, whose result it throws away.
-        options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
-        monkeypatch.setattr(interpreter_builder, "options", options)
     spans, done = [], []
     plain = Kernel.plain
 
