@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -109,7 +110,9 @@ def compile_all() -> list[dict]:
 
 
 def git(*args: str) -> str:
-    """What git says, empty where there is no repository."""
+    """What git says, empty where there is no git or no repository."""
+    if shutil.which("git") is None:
+        return ""
     return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
