@@ -75,12 +75,11 @@ PLATFORM = Platform(
         _tile("rope", 4, block_h=16),
         _tile("latent_append", 4),
         _tile("mla_combine", 4),
-        _tile("mla_decode", 8, _HALF, ("MTT S5000",), {"rows": (17, None)}, block_h=32, block_n=64, block_c=512),
+        _tile("mla_decode", 8, _HALF, ("MTT S5000",), {"rows": (17, None)}, block_h=32, block_n=32, block_c=512),
         # 32 rows and 16 keys: the queries and a tile of keys take 55 KB where a compiler puts both into shared memory
         _tile("mla_decode", 4, _HALF, when={"rows": (17, None)}, block_h=32, block_n=16, block_c=512),
         _tile("mla_decode", 4, _HALF, block_h=16, block_n=32, block_c=512),
         _tile("mla_decode", 4, ("float32",), block_h=16, block_n=16, block_c=512),
-        _tile("mla_prefill", 4, _HALF, when={"width": (192, 192)}, block_m=64, block_n=32),
         _tile("mla_prefill", 4, _HALF, block_m=32, block_n=32),
         _tile("mla_prefill", 4, ("float32",), block_m=16, block_n=16),
     ),
