@@ -5,7 +5,7 @@ lse = log sum_i exp(part_lse[i]);  out = sum_i exp(part_lse[i] - lse) part[i]
 part float32 `[B, num_splits, s_q * H, C]`, part_lse float32 `[B, num_splits, s_q, H]`, seq_lens int32 `[B]` -> out `[B,
 s_q, H, C]`, lse float32 `[B, s_q, H]` (any strides). Only the splits that hold keys are read; their number follows from
 seq_len as it does in `mla_decode`. One program per row: a loop over the splits with the row in registers, so that no
-two-dimensional tile is reduced over its first axis, which MetaX cannot do.
+two-dimensional tile is reduced over its first axis, which not every compiler can do.
 
 Source: arXiv 2205.14135, section 3.1.
 """

@@ -10,7 +10,7 @@ import torch
 
 from ntops_mla import interpreter
 from ntops_mla.kernel import Kernel, make
-from ntops_mla.platform import Detection, Limits, Platform, Tile, probe
+from ntops_mla.platform import Detection, Limits, Platform, Tile, probe, version_pair
 
 # What a kernel that is only asked for its form may assume, and what the interpreter pretends: few, so that it splits.
 _PROCESSORS = 4
@@ -62,8 +62,8 @@ def _board(platform: Platform, device: torch.device) -> Board:
             interpreter.activate()
         version = importlib.import_module("triton").__version__
     except Exception as error:  # a vendor's Triton may raise anything, for example where its MACA_PATH is unset
-        return Board(platform, problem=f"Triton does not import: {type(error).__name__}: {_first_line(error)}")
-    triton = tuple(int(part) for part in version.split(".")[:2])
+        return Board(platform, problem=f"Triton does not import: {type(error).__name__}: {first_line(error)}")
+    triton = version_pair(version)
     if interpreted:  # what an old Triton cannot compile it can still interpret
         return Board(platform)
     info = probe(device)
@@ -76,12 +76,13 @@ def _board(platform: Platform, device: torch.device) -> Board:
 def too_old(platform: Platform, limits: Limits, triton: tuple[int, int]) -> str | None:
     """Why this Triton is not enough for an architecture, None where it is."""
     for least in (platform.triton_min, limits.triton_min):
-        if least is not None and triton < tuple(int(part) for part in str(least.value).split(".")[:2]):
+        if least is not None and triton < version_pair(least.value):
             return f"Triton {triton[0]}.{triton[1]} is older than {least.value} ({least.source})"
     return None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else "no message"
 

@@ -16,9 +16,9 @@ import torch
 
 from ntops_mla import kernel as kernels
 from ntops_mla import ops
-from ntops_mla.board import Board, too_old
+from ntops_mla.board import Board, first_line, too_old
 from ntops_mla.cross_compile import TARGETS, Compiled, Target, compile_for, least_products
-from ntops_mla.platform import Limits, Platform
+from ntops_mla.platform import Limits, Platform, all_platforms, version_pair
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -78,7 +78,7 @@ def compile_case(case: Case) -> list[tuple[dict[str, Any], Compiled | None, str]
 
     op = ops.get(case.op)
     args = op.example(torch.device("meta"), case.dtype, tokens=4, **case.sizes)
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    version = version_pair(triton.__version__)
     board = Board(case.platform, case.limits, version, processors=128)
     gate = case.platform.gate(case.op, case.dtype)
     key = op.spec.key(*args)
@@ -116,8 +116,8 @@ def _compile(case: Case, triton_version: str, kernel: kernels.Kernel, args: tupl
     try:
         compiled = compile_for(kernel, args, case.target)
     except Exception as error:  # whatever a compiler raises is the finding
-        lines = str(error).strip().splitlines() or ["no message"]
-        return {**row, "problems": [f"does not compile: {type(error).__name__}: {lines[0][:200]}"]}, None, kernel.source
+        problem = f"does not compile: {type(error).__name__}: {first_line(error)[:200]}"
+        return {**row, "problems": [problem]}, None, kernel.source
     numbers = {
         name: getattr(compiled, name)
         for name in (
@@ -132,8 +132,7 @@ def _problems(case: Case, kernel: kernels.Kernel, compiled: Compiled) -> list[st
     problems = []
     if compiled.spill_bytes:
         problems.append(f"spills {compiled.spill_bytes} bytes")
-    # Where nobody told, what the smallest known board has
-    shared, warps = case.limits.shared_memory.value or 65536, case.limits.max_warps.value
+    shared, warps = case.limits.shared_memory.value or _smallest_shared_memory(), case.limits.max_warps.value
     if compiled.shared_bytes > shared:
         problems.append(f"{compiled.shared_bytes} bytes of shared memory, the limit is {shared}")
     if warps is not None and kernel.num_warps > warps:
@@ -142,3 +141,9 @@ def _problems(case: Case, kernel: kernels.Kernel, compiled: Compiled) -> list[st
     if compiled.products < least:
         problems.append(f"{compiled.products} matrix instructions where {least} are the least")
     return problems
+
+
+def _smallest_shared_memory() -> int:
+    """Bytes of the board that is known to have least: what is safe where nobody told."""
+    known = (limits.shared_memory.value for platform in all_platforms().values() for limits in platform.limits)
+    return min(value for value in known if value is not None)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ntops_mla.kernel import Kernel
+from ntops_mla.platform import version_pair
 
 _TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
@@ -106,8 +107,7 @@ def _compile(kernel: Kernel, arguments: tuple, target: Target) -> Any:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0 and not parameter.do_not_specialize:
                 aligned.append(index)
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version >= (3, 3):
+    if version_pair(triton.__version__) >= (3, 3):
         places = {(function.arg_names.index(name),): value for name, value in constants.items()}
         source = ASTSource(function, signature, places, {(i,): [["tt.divisibility", 16]] for i in aligned})
     else:

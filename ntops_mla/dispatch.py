@@ -288,14 +288,14 @@ def _decide(op: OpSpec, device: torch.device, dtypes: tuple, sizes: tuple) -> _D
     now = settings()
     detection = _detect(device, now)
     choice, mode = _choose(op, detection, dtypes, sizes, now)
-    if choice.backend == "reference":
+    if choice.backend == "kernel":
+        run = _Launch(op, detection, dtypes, sizes, mode)
+    else:
+        run = op.reference
         failure_key = _failure_key(op, detection, dtypes, sizes)
         if mode != "reference" and failure_key in _failures:  # met under strict mode, which raised instead of warning
             _warn_once(failure_key, _failures[failure_key])
-        decision = _Decision(choice, op.reference)
-        return _remember((op, device, dtypes, sizes, now, platforms.generation), decision)
-    launch = _Launch(op, detection, dtypes, sizes, mode)
-    return _remember((op, device, dtypes, sizes, now, platforms.generation), _Decision(choice, launch))
+    return _remember((op, device, dtypes, sizes, now, platforms.generation), _Decision(choice, run))
 
 
 def _remember(key: tuple, decision: _Decision) -> _Decision:
@@ -329,7 +329,7 @@ class _Launch:
 
     def _fall_back(self, error: Exception, args: tuple) -> Any:
         op, name = self._op, self._platform.name
-        reason = f"{type(error).__name__}: {_first_line(error)}"
+        reason = f"{type(error).__name__}: {boards.first_line(error)}"
         with _lock:
             _failures[self._failure_key] = reason
             _decisions.clear()
@@ -392,11 +392,6 @@ def _is_device_error(error: Exception) -> bool:
     if _TRITON_DRIVER_ERROR.search(message):
         return not _LOAD_ERROR.search(message)
     return _DEVICE_ERROR.search(message) is not None
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else "no message"
 
 
 def _name(dtype: torch.dtype) -> str:

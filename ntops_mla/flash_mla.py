@@ -358,15 +358,7 @@ def _check_prefill(op, q, k, v, cu_seqlens_qo, cu_seqlens_kv):
     if v.shape[:2] != k.shape[:2]:
         raise ValueError(f"{op}: v must be [Tk, Hk, 128] with k's {list(k.shape[:2])}, got shape {list(v.shape)}")
     _check.same(op, "q", q, ("k", k), ("v", v))
-    for name, value in (("cu_seqlens_qo", cu_seqlens_qo), ("cu_seqlens_kv", cu_seqlens_kv)):
-        _check.tensor(op, name, value, "[B + 1]", 1)
-        _check.dtype(op, name, value, (torch.int32,))
-    if cu_seqlens_qo.shape != cu_seqlens_kv.shape or cu_seqlens_qo.shape[0] < 1:
-        raise ValueError(
-            f"{op}: cu_seqlens_qo and cu_seqlens_kv must both be [B + 1], got {list(cu_seqlens_qo.shape)} and "
-            f"{list(cu_seqlens_kv.shape)}"
-        )
-    _check.same_device(op, "q", q, ("cu_seqlens_qo", cu_seqlens_qo), ("cu_seqlens_kv", cu_seqlens_kv))
+    _check.cu_seqlens(op, q, ("cu_seqlens_qo", cu_seqlens_qo), ("cu_seqlens_kv", cu_seqlens_kv))
 
 
 def _check_longest(op, name, longest, rows, total, batch, is_varlen):

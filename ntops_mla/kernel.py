@@ -24,6 +24,7 @@ import torch
 
 from ntops_mla import interpreter
 from ntops_mla.kernel_source import tidy
+from ntops_mla.platform import version_pair
 
 # Launches kept per kernel: serving meets a few hundred (batch sizes, table widths); prefill never meets one again, and
 # must not grow without end. Beyond it the table starts anew.
@@ -183,13 +184,7 @@ class _Recorder:
         return launch
 
 
-class _Nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *raised: object) -> None: ...
-
-
-_NOTHING = _Nothing()
+_NOTHING = contextlib.nullcontext()
 
 
 def _on(device: torch.device) -> Any:
@@ -204,7 +199,7 @@ def _takes_whole_lists() -> bool:
     """Triton 3.3 and newer take the whole argument list, constants too; before, the convention was another."""
     import triton
 
-    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
+    return version_pair(triton.__version__) >= (3, 3)
 
 
 def _store(name: str, source: str) -> pathlib.Path:

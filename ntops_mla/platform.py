@@ -66,6 +66,12 @@ __all__ = [
 MODES = ("native", "float32", "reference")
 
 
+def version_pair(text: str) -> tuple[int, int]:
+    """(major, minor) of a version: (3, 6) of "3.6.0+vendor"."""
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
 @dataclass(frozen=True)
 class Fact:
     """A number or a text, and where it comes from: repository:path, an issue, a vendor's document, "derived: ...".
@@ -191,7 +197,7 @@ class Tile:
 
     def fits(self, arch: str | None, dtype: str, triton: tuple[int, int] | None, sizes: Mapping[str, int]) -> bool:
         """Whether the tile is for this architecture, dtype, Triton and call; None: any."""
-        since, before = (version and tuple(int(part) for part in version.split(".")[:2]) for version in self.triton)
+        since, before = (version and version_pair(version) for version in self.triton)
         return (
             (not self.arch or arch is None or arch in self.arch)
             and (not self.dtypes or dtype in self.dtypes)

@@ -20,8 +20,8 @@ _STAND_IN = (
 )
 
 
-def _tile(kernel: str, warps: int, dtypes: tuple[str, ...] = (), arch: tuple[str, ...] = (), when=(), **blocks) -> Tile:
-    return Tile(kernel, blocks, warps, 1, _STAND_IN, arch=arch, dtypes=dtypes, when=dict(when))
+def _tile(kernel: str, warps: int, dtypes: tuple[str, ...] = (), when=(), **blocks) -> Tile:
+    return Tile(kernel, blocks, warps, 1, _STAND_IN, dtypes=dtypes, when=dict(when))
 
 
 PLATFORM = Platform(

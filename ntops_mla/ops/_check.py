@@ -59,6 +59,19 @@ def flag(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
 
 
+def cu_seqlens(op: str, q: torch.Tensor, queries: tuple[str, object], keys: tuple[str, object]) -> None:
+    """Both (name, value) pairs are int32 `[B + 1]` of one B, on q's device."""
+    for name, value in (queries, keys):
+        tensor(op, name, value, "[B + 1]", 1)
+        dtype(op, name, value, (torch.int32,))
+    if queries[1].shape != keys[1].shape or queries[1].shape[0] < 1:
+        raise ValueError(
+            f"{op}: {queries[0]} and {keys[0]} must both be [B + 1], got {list(queries[1].shape)} and "
+            f"{list(keys[1].shape)}"
+        )
+    same_device(op, "q", q, queries, keys)
+
+
 def page_size(op: str, name: str, value: int) -> None:
     """`value` slots in a page: a power of two."""
     if value <= 0 or value & (value - 1):

@@ -59,15 +59,7 @@ def _check_args(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):
     if v.shape[:2] != k.shape[:2]:
         raise ValueError(f"{op}: v must be [Tk, H, Dv] with k's {list(k.shape[:2])}, got shape {list(v.shape)}")
     _check.same(op, "q", q, ("k", k), ("v", v))
-    for name, value in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        _check.tensor(op, name, value, "[B + 1]", 1)
-        _check.dtype(op, name, value, (torch.int32,))
-    if cu_seqlens_q.shape != cu_seqlens_k.shape or cu_seqlens_q.shape[0] < 1:
-        raise ValueError(
-            f"{op}: cu_seqlens_q and cu_seqlens_k must both be [B + 1], got {list(cu_seqlens_q.shape)} and "
-            f"{list(cu_seqlens_k.shape)}"
-        )
-    _check.same_device(op, "q", q, ("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k))
+    _check.cu_seqlens(op, q, ("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k))
     _check.number(op, "softmax_scale", softmax_scale)
     _check.flag(op, "causal", causal)
 

@@ -8,7 +8,7 @@ import torch
 
 from ntops_mla import dispatch, interpreter, ops
 from ntops_mla.devices import detect, device_module, synchronize
-from ntops_mla.testing import assert_close
+from tests.interpreted import numerics
 from tests.interpreted.numerics import DECODE, DTYPES, PREFILL
 from tests.test_ops import ROUNDED, append_inputs, decode64, decode_inputs, prefill64, prefill_inputs, turns
 
@@ -73,16 +73,9 @@ def check_rounded(value, expected, name="value"):
         )
 
 
-def check_attention(out, lse, expected_out, expected_lse, dtype, tolerances):
-    """out has lse's dimensions and the columns; a row without keys is 0 with lse -inf."""
-    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
-    out, lse = out.cpu(), lse.cpu()
-    blind = expected_lse == float("-inf")
-    assert torch.equal(lse == float("-inf"), blind)
-    assert torch.equal(out[blind], torch.zeros_like(out[blind]))
-    out_tolerance, lse_tolerance = tolerances[dtype]
-    assert_close(out, expected_out, out_tolerance, "out")
-    assert_close(lse, expected_lse, lse_tolerance, "lse")
+def check_attention(out, lse, *expected):
+    """As in the interpreter, with results that lie on the device."""
+    numerics.check_attention(out.cpu(), lse.cpu(), *expected)
 
 
 def check_decode(device, args, causal=True, num_splits=None):

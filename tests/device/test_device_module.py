@@ -5,8 +5,9 @@ import torch
 
 import ntops_mla
 from ntops_mla import MLA, LatentCache, MLAConfig, dispatch
-from ntops_mla.testing import Float64MLA, cos_diff
+from ntops_mla.testing import cos_diff
 from tests.device.on_device import DTYPES, pick, scaled
+from tests.interpreted.numerics import exactly
 from tests.test_ops import name_of
 
 pytestmark = pytest.mark.device
@@ -59,15 +60,6 @@ def serve(mla, inputs, form):
     return [torch.cat(outputs[request]) for request in sorted(outputs)], ran
 
 
-def exactly(mla, inputs):
-    reference = Float64MLA(mla.cfg, mla.state_dict())
-    whole = {}
-    for step, xs in zip(STEPS, inputs):
-        for request, x in zip(step, xs):
-            whole.setdefault(request, []).append(x)
-    return [reference(torch.cat(whole[request]))[0] for request in sorted(whole)]
-
-
 def error(value, true):
     """Largest difference in units of the largest true value."""
     return ((value.double() - true).abs().max() / true.abs().max()).item()
@@ -89,7 +81,7 @@ def test_steps_of_several_requests(device, model, dtype, form):
     attention = {None: {"mla_prefill", "mla_decode"}, "absorbed": {"mla_decode"}, "expanded": {"mla_prefill"}}[form]
     norm = set() if mla.cfg.q_lora_rank is None else {"rms_norm"}  # of the query; the latent's is latent_append's
     assert set(ran) == {"rope", "latent_append"} | norm | attention
-    true = exactly(mla, inputs)
+    true = exactly(mla, STEPS, inputs)
     if dtype == torch.float32:
         for out, expected in zip(ours, true, strict=True):
             assert not out.isnan().any() and error(out, expected) < 2e-5

@@ -5,7 +5,7 @@ import torch
 
 from ntops_mla import ops
 from tests.device.on_device import DTYPES, NAN, check_rounded, on, pick, run
-from tests.test_ops import HALF, append_inputs, name_of, norm64, rope64, turns
+from tests.test_ops import HALF, ROPE_VIEWS, append_inputs, name_of, norm64, rope64, turns
 
 pytestmark = pytest.mark.device
 SIZES = [(512, 64), (256, 32)]
@@ -72,19 +72,7 @@ def test_rope_of_heads(device, heads, width, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("width", [192, 193])
-@pytest.mark.parametrize(
-    "view",
-    [
-        lambda x: x[:, :, 128:192],  # as the module passes it: the last columns of every head's query
-        lambda x: x[:, :, 1:65],
-        lambda x: x[:, :, :128:2],
-        lambda x: x.transpose(0, 1)[:4],
-        lambda x: x[:, ::3, 3:67],
-        lambda x: x[:1, :1, 1:65],
-        lambda x: x[:1, :1, :64].expand(4, 11, 64),
-    ],
-    ids=["query", "odd offset", "every second column", "transposed", "heads", "one head at an odd offset", "expanded"],
-)
+@pytest.mark.parametrize("view", ROPE_VIEWS.values(), ids=ROPE_VIEWS)
 def test_rope_of_strided_input(device, view, width, dtype):
     """A head of 193 columns makes all strides odd."""
     x = view(torch.randn(4, 9, width).to(dtype))

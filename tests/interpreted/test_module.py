@@ -10,8 +10,8 @@ import torch
 
 import ntops_mla
 from ntops_mla import dispatch, interpreter
-from ntops_mla.testing import Float64MLA, cos_diff
-from tests.interpreted.numerics import DTYPES
+from ntops_mla.testing import cos_diff
+from tests.interpreted.numerics import DTYPES, exactly
 from tests.test_mla import FORMS, assert_same, cache_for, error, layer, run, tokens
 from tests.test_ops import name_of
 
@@ -31,15 +31,6 @@ def serve(mla, inputs, form):
     return [torch.cat(outputs[request]) for request in sorted(outputs)], ran
 
 
-def exactly(mla, inputs):
-    reference = Float64MLA(mla.cfg, mla.state_dict())
-    whole = {}
-    for step, xs in zip(STEPS, inputs):
-        for request, x in zip(step, xs):
-            whole.setdefault(request, []).append(x)
-    return [reference(torch.cat(whole[request]))[0] for request in sorted(whole)]
-
-
 @pytest.mark.parametrize("model, form", [*[("r1", form) for form in FORMS], ("glm", None)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_steps_of_several_requests(model, dtype, form):
@@ -47,7 +38,7 @@ def test_steps_of_several_requests(model, dtype, form):
     mla = layer(model, dtype, num_attention_heads=2, num_key_value_heads=2, hidden_size=64)
     inputs = [[tokens(mla, length) for length in step.values()] for step in STEPS]
     ours, ran = serve(mla, inputs, form)
-    true = exactly(mla, inputs)
+    true = exactly(mla, STEPS, inputs)
     assert {choice.backend for choice in ran.values()} == {"kernel"}
     attention = {None: {"mla_prefill", "mla_decode"}, "absorbed": {"mla_decode"}, "expanded": {"mla_prefill"}}[form]
     assert set(ran) == {"rms_norm", "rope", "latent_append"} | attention
@@ -70,7 +61,7 @@ def test_smaller_latents_are_absorbed(dtype):
     inputs = [[tokens(mla, length) for length in step.values()] for step in STEPS]
     ours, ran = serve(mla, inputs, "absorbed")
     assert {choice.backend for choice in ran.values()} == {"kernel"}
-    true = exactly(mla, inputs)
+    true = exactly(mla, STEPS, inputs)
     if dtype == torch.float32:
         assert_same(ours, true, 2e-5)
     else:

@@ -6,7 +6,7 @@ import torch
 from ntops_mla import ops
 from ntops_mla.testing import assert_close
 from tests.interpreted.numerics import DTYPES, by_kernel
-from tests.test_ops import ROUNDED, name_of, rope64, turns
+from tests.test_ops import ROPE_VIEWS, ROUNDED, name_of, rope64, turns
 
 
 def check(x, cos, sin):
@@ -23,19 +23,7 @@ def test_heads(heads, width, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize(
-    "view",
-    [
-        lambda x: x[:, :, 128:192],  # as the module passes it: the last columns of every head's query
-        lambda x: x[:, :, 1:65],
-        lambda x: x[:, :, :128:2],
-        lambda x: x.transpose(0, 1)[:4],
-        lambda x: x[:, ::3, 3:67],
-        lambda x: x[:1, :1, 1:65],
-        lambda x: x[:1, :1, :64].expand(4, 11, 64),
-    ],
-    ids=["query", "odd offset", "every second column", "transposed", "heads", "one head at an odd offset", "expanded"],
-)
+@pytest.mark.parametrize("view", ROPE_VIEWS.values(), ids=ROPE_VIEWS)
 def test_strided_input(view, dtype):
     """A head of 193 columns makes all strides odd."""
     for width in (192, 193):
