@@ -67,6 +67,8 @@ setup(
         "checkpoint": ["safetensors"],
         "test": requirements("requirements-test.txt"),
     },
+    # ntops loads no plugins yet; `import ntops_mla` registers by itself.
+    entry_points={"ntops.plugins": ["ntops_mla = ntops_mla.integrations.ntops:plugin"]},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",

@@ -18,6 +18,8 @@ from ntops_mla.dispatch import (  # noqa: E402
     StrictFallbackError,
     use,
 )
+from ntops_mla.integrations.ntops import automatic as _register_automatically  # noqa: E402
+from ntops_mla.integrations.ntops import register  # noqa: E402
 from ntops_mla.modules import MLA  # noqa: E402
 from ntops_mla.version import __version__  # noqa: E402
 
@@ -33,5 +35,8 @@ __all__ = [
     "StrictFallbackError",
     "__version__",
     "ops",
+    "register",
     "use",
 ]
+
+_register_automatically()

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+import ntops_mla
+
 ROOT = Path(__file__).resolve().parent.parent
 PLATFORMS = sorted(path.stem for path in (ROOT / "platforms").glob("*.py"))
 KERNELS = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
@@ -206,6 +208,15 @@ def test_install_requires_nothing(wheel):
     required = re.findall(r"^Requires-Dist: (.*)$", zipfile.ZipFile(wheel).read(name).decode(), re.MULTILINE)
     assert required
     assert [requirement for requirement in required if "extra ==" not in requirement] == []
+
+
+def test_entry_point_for_ntops(wheel):
+    (name,) = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/entry_points.txt")]
+    text = zipfile.ZipFile(wheel).read(name).decode()
+    found = re.fullmatch(r"\[ntops\.plugins\]\nntops_mla = (\S+)\s*", text)
+    assert found, text
+    point = importlib.metadata.EntryPoint("ntops_mla", found[1], "ntops.plugins")
+    assert point.load() is ntops_mla.integrations.ntops.plugin
 
 
 def test_test_requirements_pull_neither_torch_nor_triton():

@@ -1,0 +1,3 @@
+from ntops.kernels import add, rms_norm
+
+__all__ = ["add", "rms_norm"]
