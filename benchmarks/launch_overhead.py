@@ -59,7 +59,7 @@ def measure(rounds: int) -> dict[str, float]:
         q[..., :512], q[..., 512:], cache[..., :512], cache[..., 512:], torch.zeros(batch, 32, dtype=torch.int32),
         torch.ones(batch, dtype=torch.int32), 0.1,
     )  # fmt: skip
-    made = mla_decode._made(board, torch.bfloat16, 512, 64, 64, heads)
+    made = mla_decode._made(board, torch.bfloat16, 512, 64, 64, heads, False)
     splits = 4
     inputs = (*args, 1)
     out, lse = torch.zeros(batch, 1, heads, 512, dtype=torch.bfloat16), torch.zeros(batch, heads, 1)

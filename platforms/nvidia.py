@@ -54,18 +54,28 @@ def _prefill(block_m: int, block_n: int, warps: int, stages: int, width: int, *a
     return Tile("mla_prefill", blocks, warps, stages, _COMPILED, arch, _HALF, triton, when)
 
 
+def _single(warps: int, width: int, *arch: str, triton=_SINCE) -> Tile:
+    """mla_prefill in float32: exact products use no matrix instructions."""
+    blocks, when = {"block_m": 16, "block_n": 16}, {"width": (width, width)}
+    return Tile("mla_prefill", blocks, warps, 1, _COMPILED, arch, ("float32",), triton, when)
+
+
 # Triton 3.1 does not pipeline a tile of keys that is read twice, and spills in every tile of the attention kernels:
 # they begin with 3.2. 3.3 to 3.5, 3.7 and 3.8 were not tried.
+_LATENT_512 = {"latent": (512, 512)}
+_PLAIN = {"page_size": (64, None), "causal": (0, 0)}
 _DECODE = (
     # 64 rows and 64 keys: async wgmma. Triton 3.9 spills in every tile of 64 rows.
-    _decode(64, 64, 512, 8, 2, 33, "sm_90", triton=("3.2", "3.7"), when={"latent": (512, 512)}),
-    _decode(64, 32, 512, 8, 2, 33, "sm_80", "sm_87", triton=("3.6", "3.7"), when={"latent": (512, 512)}),
+    _decode(64, 64, 512, 8, 2, 33, "sm_90", triton=("3.2", "3.7"), when=_LATENT_512),
+    # Spills in short pages, and where each row has keys of its own
+    _decode(64, 32, 512, 8, 2, 33, "sm_80", "sm_87", triton=("3.6", "3.7"), when={**_LATENT_512, **_PLAIN}),
     # tcgen05; with two accumulators this tile compiles to a bare trap
-    _decode(64, 32, 512, 8, 2, 33, "sm_100", triton=("3.6", "3.7"), when={"latent": (512, 512)}),
-    _decode(32, 64, 512, 8, 2, 17, "sm_80", "sm_87", "sm_90", "sm_100"),
+    _decode(64, 32, 512, 8, 2, 33, "sm_100", triton=("3.6", "3.7"), when=_LATENT_512),
+    _decode(32, 64, 512, 8, 2, 17, "sm_80", "sm_87", "sm_90", "sm_100", when={"page_size": (32, None)}),
     _decode(32, 16, 512, 4, 2, 17, *_SMALL, triton=("3.6", None)),
     # Three stages keep two tiles of keys in flight, and two programs fit on a processor
     _decode(16, 32, 512, 4, 3, 1, "sm_90", "sm_100"),
+    _decode(16, 64, 512, 4, 2, 1, when={"latent": (256, 256)}),
     _decode(16, 32, 512, 4, 2, 1),
     # Exact float32 products use no matrix instructions
     Tile(
@@ -84,7 +94,10 @@ _PREFILL = (
     _prefill(64, 64, 8, 2, 256, "sm_90", "sm_100"),
     _prefill(64, 64, 8, 2, 256, "sm_80", "sm_87", triton=("3.6", None)),
     _prefill(32, 32, 4, 2, 256),
-    Tile("mla_prefill", {"block_m": 16, "block_n": 16}, 4, 1, _COMPILED, (), ("float32",), _SINCE),
+    _single(8, 256, "sm_90"),
+    _single(4, 192, "sm_90", triton=("3.6", None)),
+    _single(4, 192, "sm_80", "sm_86", "sm_87", "sm_89", "sm_100", "sm_120"),
+    _single(4, 256, "sm_80", "sm_86", "sm_87", "sm_89", "sm_100", "sm_120"),
 )
 
 PLATFORM = Platform(
@@ -143,7 +156,9 @@ PLATFORM = Platform(
         platform="nvidia",
         runner="Nvidia",
         image="nvcr.io/nvidia/pytorch:24.10-py3",
-        source="InfiniTensor/ci:config.yml and the callers' .github/ci_config.yml",
+        gpu_style="nvidia",
+        smi="nvidia-smi",
+        source="InfiniTensor/ci:config.yml, ci_resource.py, and the callers' .github/ci_config.yml",
         notes=(
             Fact("PIP_CONSTRAINT holds torch at the image's version", "InfiniTensor/ci:images/nvidia/Dockerfile"),
             Fact("devices are picked by CUDA_VISIBLE_DEVICES", "InfiniTensor/ci:README.md"),

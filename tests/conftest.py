@@ -9,10 +9,15 @@ import torch
 
 import ntops_mla.dispatch
 
-# In processes of their own, which tests/test_interpreted.py starts.
+# In processes of their own, which tests/test_interpreted.py and tests/test_simulated.py start.
 collect_ignore = [] if os.environ.get("NTOPS_MLA_INTERPRET", "").strip() == "1" else ["interpreted"]
+if not os.environ.get("NTOPS_MLA_TEST_BOARD"):
+    collect_ignore.append("simulated")
 
-_SEED = int(os.environ.get("NTOPS_MLA_TEST_SEED") or random.SystemRandom().randrange(1 << 30))
+# In the environment, so that all workers of a run have the same one
+if not os.environ.get("NTOPS_MLA_TEST_SEED"):
+    os.environ["NTOPS_MLA_TEST_SEED"] = str(random.SystemRandom().randrange(1 << 30))
+_SEED = int(os.environ["NTOPS_MLA_TEST_SEED"])
 
 
 def pytest_report_header():

@@ -12,7 +12,7 @@ import torch
 import ntops_mla
 from ntops_mla import board as boards
 from ntops_mla import dispatch, ops
-from ntops_mla.board import Board
+from ntops_mla.board import Board, Needed
 from ntops_mla.dispatch import BackendUnavailableError, Choice, KernelFallbackWarning, OpSpec, StrictFallbackError
 from ntops_mla.platform import (
     Fact,
@@ -712,7 +712,7 @@ def on_board(monkeypatch, **parts):
 def test_a_board_without_a_tile_is_a_reason(on_toy, monkeypatch, quiet):
     limits = Limits("T1", None, Fact(65536, "made up"), Fact(8, "made up"), Fact(64, "made up"))
     on_board(monkeypatch, limits=limits, triton=(3, 1))
-    op = FakeOp(tiles=lambda board, dtypes, sizes: [("toy_kernel", None)])
+    op = FakeOp(tiles=lambda board, dtypes, sizes: [Needed("toy_kernel", None)])
     choice = op.explain(ones())
     assert choice.backend == "reference"
     assert choice.reason == "no tile of toy_kernel for float32 and these sizes on CPU, T1, Triton 3.1"
@@ -724,7 +724,7 @@ def test_a_tile_wider_than_the_board_is_a_reason(on_toy, monkeypatch):
     limits = Limits("T1", None, Fact(65536, "made up"), Fact(8, "made up"), Fact(64, "made up"))
     on_board(monkeypatch, limits=limits)
     tile = Tile("toy_kernel", {}, num_warps=16, num_stages=1, source="made up")
-    op = FakeOp(tiles=lambda board, dtypes, sizes: [("toy_kernel", tile)])
+    op = FakeOp(tiles=lambda board, dtypes, sizes: [Needed("toy_kernel", tile)])
     assert op.explain(ones()).reason == "the tile of toy_kernel takes 16 warps, CPU, T1 at most 8"
 
 

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from ntops_mla.board import Board
+from ntops_mla.board import Board, Needed
 from ntops_mla.kernel import Kernel
 from ntops_mla.ops import _check
 from ntops_mla.ops._op import register
@@ -103,7 +103,7 @@ def _supports(platform: Platform, dtypes: tuple, sizes: tuple) -> str | None:
 
 
 def _tiles(board: Board, dtypes: tuple, sizes: tuple) -> list:
-    return [("latent_append", board.tile("latent_append", dtypes[0], latent=sizes[0]))]
+    return [Needed("latent_append", board.tile("latent_append", dtypes[0], latent=sizes[0]))]
 
 
 @functools.lru_cache(maxsize=256)

@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import torch
 
-from ntops_mla.board import Board
+from ntops_mla.board import Board, Needed
 from ntops_mla.kernel import Kernel, within_int32
 from ntops_mla.ops import _check
 from ntops_mla.ops._attention import GATHER_BYTES, attend, joined, merge
 from ntops_mla.ops._op import register
 from ntops_mla.ops.latent_append import LATENT_SIZES
-from ntops_mla.platform import Platform
+from ntops_mla.platform import Platform, Tile
 
 _PAGE_SIZES = (16, 32, 64, 128)
 _NO_KEY = float("-inf")
@@ -282,11 +282,17 @@ def _supports(platform: Platform, dtypes: tuple, sizes: tuple) -> str | None:
 
 
 def _tiles(board: Board, dtypes: tuple, sizes: tuple) -> list:
-    latent, _, heads, s_q, _, _ = sizes
+    latent, _, heads, s_q, page_size, causal = sizes
+    tile = _tile(board, dtypes[0], latent, page_size, heads * s_q, causal and s_q > 1)
+    products = (tile.blocks["block_h"], min(tile.blocks["block_n"], page_size)) if tile else ()
     return [
-        ("mla_decode", board.tile("mla_decode", dtypes[0], rows=heads * s_q, latent=latent)),
-        ("mla_combine", board.tile("mla_combine", dtypes[0], latent=latent)),
+        Needed("mla_decode", tile, products),
+        Needed("mla_combine", board.tile("mla_combine", dtypes[0], latent=latent)),
     ]
+
+
+def _tile(board: Board, dtype: torch.dtype, latent: int, page_size: int, rows: int, causal: bool) -> Tile | None:
+    return board.tile("mla_decode", dtype, rows=rows, latent=latent, page_size=page_size, causal=int(causal))
 
 
 class _Made(NamedTuple):
@@ -299,8 +305,8 @@ class _Made(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _made(board: Board, dtype: torch.dtype, latent: int, rope: int, page_size: int, rows: int) -> _Made:
-    tile = board.tile("mla_decode", dtype, rows=rows, latent=latent)
+def _made(board: Board, dtype: torch.dtype, latent: int, rope: int, page_size: int, rows: int, causal: bool) -> _Made:
+    tile = _tile(board, dtype, latent, page_size, rows, causal)
     # A tile of keys lies in one page, a part of the columns in the latent.
     block_n, block_c = min(tile.blocks["block_n"], page_size), min(tile.blocks["block_c"], latent)
     sizes = {"page_size": page_size, "latent": latent, "rope": rope}
@@ -333,7 +339,8 @@ def _kernel(board: Board, q_nope, q_pe, kv_cache, pe_cache, block_table, seq_len
             raise NotImplementedError(
                 f"{name}: slots {cache.stride(1)} elements apart, which int32 offsets do not reach"
             )
-    made = _made(board, q_nope.dtype, latent, q_pe.shape[3], page_size, rows)
+    causal = causal and s_q > 1
+    made = _made(board, q_nope.dtype, latent, q_pe.shape[3], page_size, rows, causal)
     splits, least = num_splits, 1
     if splits is None:
         splits = split(batch * -(-rows // made.block_h), block_table.shape[1] * page_size, board.processors)
@@ -343,7 +350,7 @@ def _kernel(board: Board, q_nope, q_pe, kv_cache, pe_cache, block_table, seq_len
         part = torch.empty(batch, splits, rows, latent, dtype=torch.float32, device=device)
         part_lse = torch.empty(batch, splits, s_q, heads, dtype=torch.float32, device=device)
     inputs = (q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, least)
-    launch(made, inputs, causal and s_q > 1, splits, out, lse, part, part_lse)
+    launch(made, inputs, causal, splits, out, lse, part, part_lse)
     return out, lse
 
 

@@ -7,7 +7,7 @@ import itertools
 
 import torch
 
-from ntops_mla.board import Board
+from ntops_mla.board import Board, Needed
 from ntops_mla.kernel import Kernel, within_int32
 from ntops_mla.ops import _check
 from ntops_mla.ops._attention import attend
@@ -133,7 +133,8 @@ def _supports(platform: Platform, dtypes: tuple, sizes: tuple) -> str | None:
 
 
 def _tiles(board: Board, dtypes: tuple, sizes: tuple) -> list:
-    return [("mla_prefill", board.tile("mla_prefill", dtypes[0], width=sizes[0]))]
+    tile = board.tile("mla_prefill", dtypes[0], width=sizes[0])
+    return [Needed("mla_prefill", tile, (tile.blocks["block_m"], tile.blocks["block_n"]) if tile else ())]
 
 
 @functools.lru_cache(maxsize=256)

@@ -7,7 +7,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from ntops_mla.board import Board
+from ntops_mla.board import Board, Needed
 from ntops_mla.kernel import Kernel
 from ntops_mla.ops import _check
 from ntops_mla.ops._op import register
@@ -61,7 +61,7 @@ def _supports(platform: Platform, dtypes: tuple, sizes: tuple) -> str | None:
 
 
 def _tiles(board: Board, dtypes: tuple, sizes: tuple) -> list:
-    return [("rms_norm", board.tile("rms_norm", dtypes[0], width=sizes[0]))]
+    return [Needed("rms_norm", board.tile("rms_norm", dtypes[0], width=sizes[0]))]
 
 
 @functools.lru_cache(maxsize=256)

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from ntops_mla.board import Board
+from ntops_mla.board import Board, Needed
 from ntops_mla.kernel import Kernel, within_int32
 from ntops_mla.ops import _check
 from ntops_mla.ops._op import register
@@ -83,7 +83,7 @@ def _supports(platform: Platform, dtypes: tuple, sizes: tuple) -> str | None:
 
 
 def _tiles(board: Board, dtypes: tuple, sizes: tuple) -> list:
-    return [("rope", board.tile("rope", dtypes[0], width=sizes[0]))]
+    return [Needed("rope", board.tile("rope", dtypes[0], width=sizes[0]))]
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,0 +1,102 @@
+"""`doctor`: is this board ready, and which kernels work on it; each is tried in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import pathlib
+
+from ntops_mla import doctor, findings, ops
+from ntops_mla import platform as platforms
+from ntops_mla.cli import arguments
+from ntops_mla.cli.table import said
+
+HELP = "try every kernel once, each in a process of its own, and say which work"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Where to look, how far to go, what to leave behind."""
+    parser.add_argument("--platform", type=arguments.platform, help="this platform's device, not the best one found")
+    parser.add_argument("--preflight", action="store_true", help="no kernels: detection, Triton, limits, a small sum")
+    parser.add_argument(
+        "--gates", type=pathlib.Path, metavar="FILE", help=f"write what works here, for {findings.VARIABLE}=FILE"
+    )
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the report here")
+    parser.add_argument(
+        "--timeout", type=_seconds, default=doctor.TIMEOUT, help="seconds a kernel may take (default: %(default)g)"
+    )
+    parser.add_argument("--op", choices=ops.names(), help="this op's kernel alone")
+    parser.add_argument("--dtype", type=arguments.dtype, help="in this dtype alone")
+    # What a child is called with
+    parser.add_argument("--child", choices=("sum", *ops.names()), help=argparse.SUPPRESS)
+    parser.add_argument("--device", type=arguments.device, help=argparse.SUPPRESS)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"seconds above zero are needed, got {text!r}")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    """Status 0 where the board is ready and every kernel that is meant to run there works, else 1."""
+    if args.child:
+        sum_only = args.child == "sum"
+        data = doctor.add(args.device) if sum_only else doctor.examine(args.child, args.dtype, args.device)
+        print(doctor.answer(data), flush=True)
+        os._exit(0)  # a driver that was brought up may hang or crash on the way out
+    for name in ("json", "gates"):
+        path = getattr(args, name)
+        if path is not None and (not path.parent.is_dir() or path.is_dir()):
+            raise ValueError(f"argument --{name}: {path} is not a file in a folder that exists")
+    if args.preflight and args.gates:
+        raise ValueError("argument --gates: not with --preflight, which tries no kernel")
+    if args.dtype not in (None, *doctor.DTYPES):
+        raise ValueError(f"argument --dtype: no kernel takes {args.dtype}")
+    try:
+        device = platforms.find_device(args.platform) if args.platform else platforms.best_device().device
+    except platforms.DeviceNotFoundError as error:
+        print(f"{error}")
+        return 1
+    detection = platforms.detect(device)
+    if detection.platform is None:
+        print(f"{device}: {detection.reason}")
+        return 1
+    if args.platform and detection.platform.name != args.platform:
+        raise ValueError(f"argument --platform: {device} is {detection.platform.name} ({detection.reason})")
+    return _run(args, detection)
+
+
+def _run(args: argparse.Namespace, detection: platforms.Detection) -> int:
+    board = doctor.preflight(detection, args.timeout)
+    for name in ("platform", "reason", "device", "name", "limits", "triton", "triton_target", "shared_memory"):
+        print(f"{name.replace('_', ' '):14}  {said(board[name])}", flush=True)
+    for kind in ("notes", "problems"):
+        for told in board[kind]:
+            print(f"{kind[:-1]:14}  {told}", flush=True)
+    if board["triton"] is None and not board["problems"]:
+        print(f"{'problem':14}  Triton is not installed: PyTorch runs in place of every kernel")
+    kernels = []
+    if not args.preflight:
+        chosen = [args.op] if args.op else ops.names(), [args.dtype] if args.dtype else doctor.DTYPES
+        for row in doctor.examine_all(detection, board, *chosen, args.timeout):
+            kernels.append(row)
+            state = {True: "works", False: "BROKEN", None: "PyTorch"}[row["works"]]
+            told = f"{row['op']:14}  {row['dtype']:9}  {state:8}  {row['seconds']:5.1f} s  {row['reason']}"
+            print(told.rstrip(), flush=True)
+    report = doctor.report(board, kernels)
+    if args.json is not None:
+        findings.write(args.json, report)
+        print(f"report: {args.json}")
+    if args.gates is not None:
+        findings.write(args.gates, {key: report[key] for key in ("platform", "device", "triton", "date", "kernels")})
+        print(f"gates: {args.gates}; {findings.VARIABLE}={args.gates} makes the dispatcher read them")
+    broken = [row for row in kernels if row["works"] is False]
+    if broken:
+        print(f"{len(broken)} of {len(kernels)} are broken")
+    return 1 if broken or board["problems"] else 0
