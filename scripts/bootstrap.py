@@ -6,7 +6,8 @@ there. So `.venv` is then made with that Python's packages visible, every pip ca
 ninetoothed (which requires the public Triton) goes in without its requirements, and afterwards torch and triton must
 resolve to the same file and version as before.
 
-Run by bootstrap.sh. `--check` only says, by its exit status, whether there is anything to do.
+Run by bootstrap.sh. `--check` only says, by its exit status, whether there is anything to do. `--offline DIR` takes
+everything from the wheels in DIR and asks no index; `--carry` lists what DIR has to hold for this machine.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import hashlib
 import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -38,6 +41,8 @@ OPTIONAL = {
     "ninetoothed": "the kernels cannot be built; the PyTorch fallback runs",
     "transformers": "its comparisons are left out",
 }
+# What ninetoothed requires beside triton: for --carry, on machines where no ninetoothed is there to say it.
+NINETOOTHED_REQUIRES = ("numpy>=1.26.4", "sympy>=1.13.0")
 
 
 VERSION_LINE = re.compile(r"""^(?:__)?version(?:__)?\s*(?::[^=\n]*)?=\s*["']([^"']+)""", re.MULTILINE)
@@ -57,6 +62,7 @@ UNWANTED_SETTINGS = (
     "PIP_FORCE_REINSTALL",
     "PIP_NO_DEPS",
 )
+CARRY = "`bash scripts/bootstrap.sh --carry` lists what this machine needs"
 
 
 class Stop(Exception):
@@ -149,6 +155,8 @@ def probe(full=False):
         result["platforms"] = platform_modules()
         result["site"] = [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
         result["pip"] = found("pip") is not None
+        names = (distribution.metadata["Name"] for distribution in importlib.metadata.distributions())
+        result["distributions"] = sorted({canonical(name) for name in names if name})
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             result["ninetoothed"] = importlib.metadata.requires("ninetoothed") or []
     return result
@@ -370,16 +378,45 @@ class PipFailed(Exception):
     pass
 
 
+wheels = None  # the folder that everything comes from, after `use_only`
+
+
+def use_only(folder):
+    """From here on pip takes what `folder` holds and asks no index, whatever the environment or pip's own files say."""
+    global wheels
+    wheels = Path(folder).resolve()
+    if not wheels.is_dir():
+        raise Stop(f"--offline {folder}: there is no such folder")
+    if not any(wheels.glob("*.whl")):
+        raise Stop(f"--offline {folder}: there is no wheel in it; {CARRY}")
+
+
+def from_where():
+    """pip's settings of where packages come from."""
+    # The environment goes before pip's own files. An address, because pip splits a path at its spaces.
+    return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": wheels.as_uri()} if wheels else {}
+
+
 def pip(*arguments):
     """One quiet `pip install` into .venv; what it printed is shown only where it fails. The one place through which
     everything is installed: where packages may come from is decided here and nowhere else."""
     command = [venv_python(), "-m", "pip", "install", "--quiet", "--no-warn-conflicts", *arguments]
     environment = {name: value for name, value in os.environ.items() if name not in UNWANTED_SETTINGS}
-    environment.update(PIP_USER="0", PIP_NO_INPUT="1", PIP_DISABLE_PIP_VERSION_CHECK="1")
+    environment.update(PIP_USER="0", PIP_NO_INPUT="1", PIP_DISABLE_PIP_VERSION_CHECK="1", **from_where())
     # `-m` puts the current folder on sys.path: .venv holds nothing that could be imported by mistake
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=VENV)
     if result.returncode:
-        raise PipFailed(tail(result.stdout + result.stderr))
+        raise PipFailed(tail(result.stdout + result.stderr) + to_carry(result.stderr))
+
+
+def to_carry(said):
+    """The wheels that pip did not find in the offline folder, out of what it said, as lines of their own."""
+    if not wheels:
+        return ""
+    python = next(VENV.glob("lib/python*")).name  # not this one, which may be another
+    missing = dict.fromkeys(re.findall(r"No matching distribution found for (\S.*)", said))
+    where = f"that fits {python} on {sysconfig.get_platform()}"
+    return "".join(f"\n    {wheels} holds no wheel of {line} {where}; {CARRY}" for line in missing)
 
 
 def constraints(answer, keep_numpy, names=("torch", "triton")):
@@ -421,6 +458,51 @@ def besides_triton(requires):
 def test_requirements():
     lines = (line.strip() for line in (ROOT / "requirements-test.txt").read_text(encoding="utf-8").splitlines())
     return [line for line in lines if line and not line.startswith("#")]
+
+
+def carried(base):
+    """(requirements, those of them to be fetched without what they require): all that .venv is made of, without what
+    the machine has. With a triton there, ninetoothed may not bring another one."""
+    torch = wanted_torch(base)
+    numpy = base["modules"]["numpy"]
+    old_numpy = numpy and (numpy["version"] or "").startswith("1.") and not torch
+    lines = [torch] if torch else []
+    lines += NINETOOTHED_REQUIRES if base["modules"]["triton"] else ["ninetoothed"]
+    lines += test_requirements()
+    # What is fetched for the others should go with the machine's numpy, which is kept at its first part.
+    lines += ["numpy<2"] if old_numpy else []
+    return lines, ["ninetoothed"] if base["modules"]["triton"] else []
+
+
+def platform_tags():
+    """The tags of wheels for this system, for `pip download --platform`, which expands none of them."""
+    system, _, machine = re.sub(r"[^a-z0-9_]", "_", sysconfig.get_platform().lower()).partition("_")
+    libc, version = platform.libc_ver()
+    if system != "linux" or libc != "glibc":
+        return [f"{system}_{machine}"]
+    newest = int(version.split(".")[1])
+    return [f"manylinux2014_{machine}", *(f"manylinux_2_{minor}_{machine}" for minor in range(17, newest + 1))]
+
+
+def carry():
+    """What to carry to this machine, as a requirements file that says in its comments how to fetch it."""
+    base = choose()
+    lines, alone = carried(base)
+    kept = [f"{name} {base['modules'][name]['version']}" for name in ("torch", "triton") if base["modules"][name]]
+    keeping = f", which keeps its {' and '.join(kept)}" if kept else ""
+    tags = " ".join(f"--platform {tag}" for tag in platform_tags())
+    python = dotted(base["version"][:2])
+    download = f"python -m pip download --only-binary=:all: --python-version {python} -d DIR"
+    return "\n".join(
+        [
+            f"# For Python {python} on {sysconfig.get_platform()}{keeping}.",
+            "# Where there is a network, with this text in the file carry.txt:",
+            f"#   {download} -r carry.txt {tags}",
+            *(f"#   {download} --no-deps {line}" for line in alone),  # a wheel for all systems
+            "# Then here, with the folder DIR: bash scripts/bootstrap.sh --offline DIR",
+            *dict.fromkeys(lines),
+        ]
+    )
 
 
 def install_ninetoothed(answer, held):
@@ -469,6 +551,8 @@ def install_torch(base, answer, torch):
 def install(base, answer):
     """Everything into .venv; returns what of the optional things is missing."""
     missing = {}
+    if wheels:
+        say_what_is_not_there(base, answer)
     torch = wanted_torch(base)
     if torch:
         answer = install_torch(base, answer, torch)
@@ -497,6 +581,15 @@ def install(base, answer):
 
     verify(answer)
     return missing
+
+
+def say_what_is_not_there(base, answer):
+    """All wheels that are missing at once: pip ends at the first one. What they require in turn, only pip can tell."""
+    there = {canonical(path.name.split("-")[0]) for path in wheels.glob("*.whl")} | set(answer["distributions"])
+    lines = [line for part in carried(base) for line in part]
+    missing = dict.fromkeys(line for line in lines if name_of(line) not in there)
+    if missing:
+        say(f"{wheels} holds no wheel of {', '.join(missing)}; {CARRY}")
 
 
 def link_folders():
@@ -561,6 +654,9 @@ def main():
     parser = argparse.ArgumentParser(description="Make .venv ready.")
     parser.add_argument("--again", action="store_true", help="do every step although nothing changed")
     parser.add_argument("--check", action="store_true", help="exit 0 if there is nothing to do, else 3")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--offline", metavar="DIR", help="take all packages from the wheels in DIR, and ask no index")
+    where.add_argument("--carry", action="store_true", help="list what DIR must hold for this machine; change nothing")
     parser.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--probe-full", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -569,8 +665,13 @@ def main():
         print("\n" + json.dumps(probe(arguments.probe_full)))
         return 0
     try:
+        if arguments.offline is not None:
+            use_only(arguments.offline)
         if arguments.check:
-            return 3 if arguments.again or not ready(choose()) else 0
+            return 3 if arguments.again or arguments.carry or not ready(choose()) else 0
+        if arguments.carry:
+            print(carry())
+            return 0
         bootstrap(arguments.again)
     except Stop as stop:
         if arguments.check:  # the full run, which follows, says it

@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
 # Makes .venv in the repository's root ready, or finds that it is. All the work is in bootstrap.py; this file only finds
-# a Python to run it with. --again: do every step although nothing changed.
+# a Python to run it with.
+#   --again           do every step although nothing changed
+#   --offline DIR     take all packages from the wheels in DIR, and ask no index
+#   --carry           list what DIR must hold for this machine, and how to fetch it where there is a network
 #   NTOPS_MLA_PYTHON  the Python to build on (default: the first with a torch that is new enough, else the first)
 #   NTOPS_MLA_TORCH   what to install where there is no torch (a pip requirement)
 set -eu

@@ -13,5 +13,7 @@ fi
 status=0
 "$python" -m ruff format --check --quiet . || { echo "style: run .venv/bin/python -m ruff format ."; status=1; }
 "$python" -m ruff check --quiet . || status=1
-"$python" -m pytest -q --durations=10 || status=$?
+# A file stays with one worker, since fixtures of whole files are dear; more than four workers only wait for each other.
+workers=$("$python" -c 'import os; print(min(4, os.cpu_count() or 1))')
+"$python" -m pytest -q --durations=10 -n "$workers" --dist loadfile || status=$?
 exit "$status"

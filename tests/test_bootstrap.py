@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -400,6 +401,126 @@ def test_two_at_once(machine):
     assert [process.returncode for process in both] == [0, 0], said
     assert sorted("making .venv" in text for text in said) == [False, True]
     assert sum("waiting for another bootstrap" in text for text in said) == 1
+
+
+# --- without a network ---
+
+NO_INDEX = "http://127.0.0.1:9/simple"  # nobody answers there
+
+
+@pytest.mark.slow
+def test_offline(machine, wheels, tmp_path):
+    """What --carry lists is fetched by its own commands, and is enough; without a part of it, the part is named."""
+    registry, carried = tmp_path / "registry", tmp_path / "carried"
+    shutil.copytree(wheels, registry)
+    requires = [*bootstrap.NINETOOTHED_REQUIRES, "triton>=3.0.0"]
+    make_wheel(registry, "ninetoothed", "0.27.0", {"ninetoothed": module("0.27.0")}, requires)
+    make_wheel(registry, "numpy", "2.1", {"numpy": module("2.1")})
+    make_wheel(registry, "sympy", "1.13.0", {"sympy": module("1.13.0")}, ["a-test-tool"])
+    machine.vendor(triton=("flagtree", "0.3.0"))
+    before = snapshot(machine.site)
+    listed = machine.run("--carry")
+    assert listed.returncode == 0 and not listed.stderr and not machine.venv.exists()
+    (tmp_path / "carry.txt").write_text(listed.stdout)
+    commands = re.findall(r"^#   python (-m pip download .*)", listed.stdout, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        words = [{"DIR": "carried"}.get(word, word) for word in command.split()]
+        environment = {**machine.environment, "PIP_FIND_LINKS": str(registry)}
+        subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, check=True)
+    names = {path.name.split("-")[0] for path in carried.iterdir()}
+    assert names >= {"ninetoothed", "numpy", "sympy", "transformers", "a_test_tool"}
+    assert not names & {"torch", "triton"}
+
+    # Whatever else is set: from the folder alone. There is an index that has what will be missing.
+    (wheel,) = wheels.glob("a_test_tool*")
+    put(tmp_path, {"simple/a-test-tool/index.html": f'<a href="{wheel.as_uri()}">{wheel.name}</a>'})
+    settings = tmp_path / "pip.conf"
+    settings.write_text(f"[global]\nindex-url = {NO_INDEX}\nfind-links = {NO_INDEX}\n")
+    del machine.environment["PIP_NO_INDEX"], machine.environment["PIP_FIND_LINKS"]
+    reachable = (tmp_path / "simple").as_uri()
+    machine.environment.update(PIP_INDEX_URL=NO_INDEX, PIP_EXTRA_INDEX_URL=reachable, PIP_CONFIG_FILE=str(settings))
+    machine.environment["PIP_RETRIES"] = "0"
+    lacking = machine.elsewhere / "on a stick"  # with a space, as people have
+    shutil.copytree(carried, lacking, ignore=shutil.ignore_patterns("a_test_tool*", "transformers*"))
+    result = machine.run("--offline", "on a stick")
+    assert result.returncode == 1, result.stderr
+    assert f"{lacking} holds no wheel of a-test-tool, transformers>=5.15; `bash scripts/" in result.stderr
+    assert f"{lacking} holds no wheel of a-test-tool that fits python3." in result.stderr
+    assert "127.0.0.1" not in result.stderr
+    assert not (machine.venv / "bootstrap.json").exists()
+
+    said = machine.ready("--offline", str(carried))
+    assert "beside the Triton that is there" in said and "could not be installed" not in said
+    assert machine.resolve("triton") == (str(machine.site / "triton/__init__.py"), "0.3.0")
+    assert machine.resolve("torch") == (str(machine.site / "torch/__init__.py"), VENDOR_TORCH)
+    assert [machine.resolve(name)[1] for name in ("ninetoothed", "transformers")] == ["0.27.0", "5.20"]
+    assert snapshot(machine.site) == before
+
+    # The two commands of a checkout find it ready.
+    for name in ("attention_test.sh", "test.sh"):
+        shutil.copy(ROOT / "scripts" / name, machine.root / "scripts" / name)
+    report = "import ninetoothed, sys; print(*sys.argv[1:], ninetoothed.__version__)\n"
+    put(machine.root, {"scripts/attention_test.py": report})
+    put(next(machine.venv.glob("lib/python*/site-packages")), {"pytest.py": report})
+    for name, argument in (("attention_test.sh", "--cpu"), ("test.sh", "tests")):
+        command = ["bash", str(machine.root / "scripts" / name), argument]
+        done = subprocess.run(command, env=machine.environment, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"{argument} 0.27.0\n", "")
+
+
+def test_what_to_carry(machine):
+    """A machine without anything needs it all, a vendor's no torch, no triton, and nothing that would want numpy 2."""
+
+    def lines(**environment):
+        listed = machine.run("--carry", **environment)
+        assert listed.returncode == 0, listed.stderr
+        return [line for line in listed.stdout.splitlines() if not line.startswith("#")]
+
+    tests = (machine.root / "requirements-test.txt").read_text().split()
+    assert lines() == ["torch==2.13.0", "ninetoothed", *tests]
+    assert lines(NTOPS_MLA_TORCH="torch==2.12.0")[0] == "torch==2.12.0"
+    machine.vendor()
+    assert lines() == ["ninetoothed", *tests]
+    machine.vendor(triton=(None, "3.1.0"))
+    put(machine.site, distribution_files("numpy", "1.26.4", {"numpy": module("1.26.4")}))
+    assert lines() == [*bootstrap.NINETOOTHED_REQUIRES, *tests, "numpy<2"]
+    assert not machine.venv.exists()
+
+
+def test_ninetoothed_requires_what_is_carried():
+    pytest.importorskip("ninetoothed")
+    requires = importlib.metadata.requires("ninetoothed")
+    assert bootstrap.besides_triton(requires) == list(bootstrap.NINETOOTHED_REQUIRES)
+
+
+@pytest.mark.parametrize(
+    ("libc", "system", "tags"),
+    [
+        (("glibc", "2.18"), "linux-x86_64", ["manylinux2014_x86_64", "manylinux_2_17_x86_64", "manylinux_2_18_x86_64"]),
+        (("glibc", "2.17"), "linux-aarch64", ["manylinux2014_aarch64", "manylinux_2_17_aarch64"]),
+        (("", ""), "linux-x86_64", ["linux_x86_64"]),
+        (("", ""), "macosx-14.0-arm64", ["macosx_14_0_arm64"]),
+    ],
+)
+def test_platform_tags(monkeypatch, libc, system, tags):
+    monkeypatch.setattr(bootstrap.platform, "libc_ver", lambda: libc)
+    monkeypatch.setattr(bootstrap.sysconfig, "get_platform", lambda: system)
+    assert bootstrap.platform_tags() == tags
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--offline", "nowhere"), "--offline nowhere: there is no such folder"),
+        (("--offline", "."), "--offline .: there is no wheel in it; `bash scripts/bootstrap.sh --carry`"),
+        (("--offline", ".", "--carry"), "not allowed with"),
+    ],
+)
+def test_an_offline_folder_that_cannot_be(machine, arguments, said):
+    result = machine.run(*arguments)
+    assert result.returncode == 2 and said in result.stderr.splitlines()[-1]
+    assert not machine.venv.exists()
 
 
 # --- which Python ---

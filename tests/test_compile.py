@@ -16,7 +16,8 @@ from ntops_mla.platform import all_platforms, get_platform, version_pair
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parent.parent
-PLATFORMS = [name for name, platform in all_platforms().items() if platform.limits]
+# A new platform may begin without tiles; with any, it has them for all that the models need.
+PLATFORMS = [name for name, platform in all_platforms().items() if platform.limits and platform.tiles]
 
 
 def python(*args, **environment):
@@ -67,7 +68,7 @@ def test_every_kernel_is_compiled_for_every_architecture(rows_of, name):
     assert compiled
     for arch in compiled:
         kernels = {row["kernel"] for row in rows if row["arch"] == arch}
-        assert kernels == {"rms_norm", "rope", "latent_append", "mla_decode", "mla_combine", "mla_prefill"}, arch
+        assert kernels >= {"rms_norm", "rope", "latent_append", "mla_decode", "mla_combine", "mla_prefill"}, arch
 
 
 def _public(limits):
