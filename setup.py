@@ -56,7 +56,7 @@ setup(
     ],
     package_dir={"ntops_mla.kernels": "kernels", "ntops_mla.platforms": "platforms"},
     # A folder without a file would not be installed at all; then `import ntops_mla.kernels` would fail.
-    package_data={"ntops_mla.kernels": ["README.md"]},
+    package_data={"ntops_mla": ["tile_tables/*"], "ntops_mla.kernels": ["README.md"]},
     # Empty on purpose. The library needs torch and ninetoothed, but ninetoothed requires triton>=3.0.0: a plain
     # `pip install ntops_mla` on a vendor's machine would put the public Triton over, or in front of, the vendor's own
     # one, which may be older or called `flagtree`; and the vendor's torch may be a distribution of another name.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from ntops_mla import interpreter
+from ntops_mla import interpreter, tile_table
 from ntops_mla.kernel import Kernel, make
 from ntops_mla.platform import Detection, LaunchOption, Limits, Platform, Tile, probe, version_pair
 
@@ -33,6 +33,7 @@ class Board:
 
     `options`: those of the platform's launch options that are passed, because this Triton knows them. `device` and
     `triton_version`: the board's name and its Triton's version as they are, for what was found on exactly them.
+    `tiles`: those timed on this device (tile_table.py), which come before the platform's.
     """
 
     platform: Platform
@@ -43,16 +44,21 @@ class Board:
     options: tuple[LaunchOption, ...] = ()
     device: str | None = None
     triton_version: str | None = None
+    tiles: tuple[Tile, ...] = ()
 
     def tile(self, kernel: str, dtype: torch.dtype, **sizes: int) -> Tile | None:
-        """The tile to make `kernel` with, None where the platform has none that fits."""
-        return self.platform.tile(kernel, self.limits and self.limits.arch, dtype, self.triton, **sizes)
+        """The tile to make `kernel` with, None where there is none that fits."""
+        arch, name = self.limits and self.limits.arch, str(dtype).removeprefix("torch.")
+        timed = (tile for tile in self.tiles if tile.kernel == kernel and tile.fits(arch, name, self.triton, sizes))
+        return next(timed, None) or self.platform.tile(kernel, arch, dtype, self.triton, **sizes)
 
     def make(self, kernel: str, tile: Tile, **parameters: int) -> Kernel:
         """`kernel` with the numbers of `tile`; `parameters` are further ones, and win."""
         passed = [option for option in self.options if kernel in option.kernels]
         launch = tuple((option.name, option.passed) for option in passed if option.kind == "launch")
-        environment = tuple((option.name, option.passed) for option in passed if option.kind == "environment")
+        environment = tuple(
+            (option.name, option.passed, option.dtypes) for option in passed if option.kind == "environment"
+        )
         direct = bool(self.platform.direct_launch.value)
         blocks = {**tile.blocks, **parameters}
         return make(kernel, tile.num_warps, tile.num_stages, tile.options + launch, environment, direct, **blocks)
@@ -84,9 +90,9 @@ def _board(platform: Platform, device: torch.device) -> Board:
         if interpreted:
             interpreter.activate()
         version = importlib.import_module("triton").__version__
+        triton = version_pair(version)
     except Exception as error:  # a vendor's Triton may raise anything, for example where its MACA_PATH is unset
         return Board(platform, problem=f"Triton does not import: {type(error).__name__}: {first_line(error)}")
-    triton = version_pair(version)
     if interpreted:  # what an old Triton cannot compile it can still interpret
         return Board(platform)
     info = probe(device)
@@ -95,7 +101,9 @@ def _board(platform: Platform, device: torch.device) -> Board:
         return Board(platform, triton=triton, problem=f"no limits are known for capability {info.capability}")
     problem = too_old(platform, limits, triton) or _stranger(limits)
     options = () if problem else tuple(known_options(platform, triton))
-    return Board(platform, limits, triton, info.processors or _PROCESSORS, problem, options, info.name, version)
+    tiles = () if problem else tile_table.tiles_for(platform.name, info.name, version)
+    processors = info.processors or _PROCESSORS
+    return Board(platform, limits, triton, processors, problem, options, info.name, version, tiles)
 
 
 def known_options(platform: Platform, triton: tuple[int, int]) -> list[LaunchOption]:
@@ -131,8 +139,12 @@ def _stranger(limits: Limits) -> str | None:
         return f"Triton finds no driver for this board: {type(error).__name__}: {first_line(error)}"
     expected = str(limits.triton_target.value) if limits.triton_target else ""
     backends = re.findall(r"(\w+):", expected)
-    if backends and target.backend not in backends:
-        return f"Triton compiles for {target.backend}:{target.arch}, and this board's Triton for {expected}"
+    lanes = limits.lanes.value
+    if (backends and target.backend not in backends) or (lanes and target.warp_size != lanes):
+        return (
+            f"Triton compiles for {target.backend}:{target.arch} with {target.warp_size} lanes, "
+            f"and this board's Triton for {expected} with {lanes}"
+        )
     return None
 
 

@@ -26,7 +26,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _COMMON: dict[str, tuple[dict[str, int], ...]] = {
     "rms_norm": ({"kv_lora_rank": 512}, {"kv_lora_rank": 1536}, {"kv_lora_rank": 7168}),
     "rope": ({"heads": 16}, {"heads": 128}),
-    "latent_append": ({},),
+    "latent_append": ({}, {"q_heads": 16}),
     "mla_decode": (
         {"heads": 16},
         {"heads": 32},
@@ -39,7 +39,12 @@ _COMMON: dict[str, tuple[dict[str, int], ...]] = {
 _REST: dict[str, tuple[dict[str, int], ...]] = {
     "rms_norm": ({"kv_lora_rank": 256}, {"kv_lora_rank": 16384}),
     "rope": ({"heads": 1}, {"heads": 40, "rope": 32}),
-    "latent_append": tuple({"page_size": size} for size in (16, 32, 128)) + ({"kv_lora_rank": 256, "rope": 32},),
+    "latent_append": tuple({"page_size": size} for size in (16, 32, 128))
+    + (
+        {"kv_lora_rank": 256, "rope": 32},
+        {"kv_lora_rank": 256, "rope": 32, "q_heads": 40},
+        {"page_size": 16, "q_heads": 128},
+    ),
     "mla_decode": tuple(
         {"heads": heads, "page_size": size} for heads, size in itertools.product((16, 32, 128), (16, 32, 128))
     )

@@ -7,11 +7,14 @@ and ISA.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import pathlib
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +116,28 @@ def _compile(kernel: Kernel, arguments: tuple, target: Target) -> Any:
     else:
         types = {name: kind for name, kind in signature.items() if kind != "constexpr"}
         source = ASTSource(function, types, constants, _old_attributes(aligned))
-    return triton.compile(source, target=GPUTarget(target.backend, target.arch, target.lanes), options=options)
+    with _linker() if target.backend == "hip" else contextlib.nullcontext():
+        return triton.compile(source, target=GPUTarget(target.backend, target.arch, target.lanes), options=options)
+
+
+@contextlib.contextmanager
+def _linker() -> Iterator[None]:
+    """Triton before 3.3 links with ROCm's ld.lld, which only a machine with ROCm has. What is linked is never loaded
+    here, only its assembly is read: a script that hands the object on will do."""
+    name = "TRITON_HIP_LLD_PATH"
+    if name in os.environ or os.path.exists("/opt/rocm/llvm/bin/ld.lld"):
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        script = pathlib.Path(folder, "ld.lld")
+        # ld.lld --version; ld.lld -flavor gnu -shared IN -o OUT
+        script.write_text('#!/bin/sh\n[ "$1" = --version ] && exec echo LLD 17.0.0\ncp "$4" "$6"\n', encoding="utf-8")
+        script.chmod(0o755)
+        os.environ[name] = str(script)
+        try:
+            yield
+        finally:
+            os.environ.pop(name, None)
 
 
 def _old_attributes(aligned: list[int]) -> Any:

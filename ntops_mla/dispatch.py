@@ -287,12 +287,15 @@ def _limits(op: OpSpec, board: Board, dtypes: tuple, sizes: tuple, findings: Fin
         least = board.limits.least_product
         if least is None or min(products, default=least.value) >= least.value:
             continue
-        tried = (board.platform.name, board.device, board.triton_version, op.name, dtypes[0])
-        if findings is None or not findings.works(*tried):
+        here = findings is not None and findings.of_board(board.platform.name, board.device, board.triton_version)
+        if not here or not findings.works(op.name, dtypes[0], products):
+            other = (
+                f" ({findings.path} is of {findings.device}, Triton {findings.triton})" if findings and not here else ""
+            )
             reasons.append(
                 f"the tile of {kernel} has products of {' x '.join(map(str, products))}, and below {least.value} the "
                 f"compiler of {board} may end the process: `python -m ntops_mla doctor --gates FILE` tries it apart, "
-                f"and {found.VARIABLE}=FILE then allows it"
+                f"and {found.VARIABLE}=FILE then allows it{other}"
             )
     return reasons
 

@@ -15,7 +15,6 @@ import json
 import os
 import pathlib
 import re
-import subprocess
 import xml.etree.ElementTree
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 
 from ntops_mla import checkout, interpreter, support_table
-from ntops_mla.platform import CILane, all_platforms
+from ntops_mla.platform import all_platforms
 
 FORMAT = 1
 NAME = "evidence.json"
@@ -46,7 +45,7 @@ def collect(platform: str, folder: pathlib.Path, machine: Mapping[str, Any]) -> 
         "format": FORMAT,
         "platform": platform,
         "board": device and (device["name"] or platform),
-        "driver": _driver(all_platforms()[platform].ci),
+        "driver": device and device.get("driver"),
         "triton_target": device and device["triton_target"],
         "versions": {
             **{name: machine[name] for name in ("ntops_mla", "ninetoothed", "python", "os")},
@@ -67,18 +66,6 @@ def collect(platform: str, folder: pathlib.Path, machine: Mapping[str, Any]) -> 
         ],
         "steps": _steps(folder),
     }
-
-
-def _driver(lane: CILane | None) -> str | None:
-    """The driver's version, as the vendor's tool shows it."""
-    if lane is None or lane.smi is None:
-        return None
-    try:
-        done = subprocess.run([lane.smi], capture_output=True, text=True, timeout=30, check=False, errors="replace")
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    found = re.search(r"driver version\s*:?\s*([0-9][\w.-]*)", done.stdout, re.IGNORECASE)
-    return found and found[1]
 
 
 def _loaded(path: pathlib.Path) -> Any:

@@ -4,7 +4,8 @@
 lifts a refusal that stands only until somebody has tried (`Limits.least_product`).
 
 The file is JSON: `platform`, `device` (its name), `triton` (its version), `date`, and `kernels`, a list of
-{`op`, `dtype`, `works` (true, false, or null: PyTorch runs there anyway), `reason`}.
+{`op`, `dtype`, `works` (true, false, or null: PyTorch runs there anyway), `reason`, `products` (the rows and columns of
+those that were tried; left out: any)}.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
+
+from ntops_mla import checkout
 
 VARIABLE = "NTOPS_MLA_GATES"
 _TEXTS = ("platform", "device", "triton", "date")
@@ -30,6 +32,7 @@ class Finding:
 
     works: bool | None
     reason: str
+    products: tuple[tuple[int, ...], ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)  # part of the key of every call, as settings are
@@ -50,10 +53,14 @@ class Findings:
             return None
         return f"{VARIABLE}: on {self.device}, {self.date}: {found.reason}"
 
-    def works(self, platform: str, device: str | None, triton: str | None, op: str, dtype: torch.dtype) -> bool:
-        """Whether an op's kernel was seen to work on this very board with this very Triton."""
-        found = self._of(platform, op, dtype)
-        return found is not None and found.works is True and (device, triton) == (self.device, self.triton)
+    def of_board(self, platform: str, device: str | None, triton: str | None) -> bool:
+        """Whether they are of this very board with this very Triton."""
+        return (platform, device, triton) == (self.platform, self.device, self.triton)
+
+    def works(self, op: str, dtype: torch.dtype, products: tuple[int, ...]) -> bool:
+        """Whether an op's kernel was seen to work with these products."""
+        found = self._of(self.platform, op, dtype)
+        return found is not None and found.works is True and (found.products is None or products in found.products)
 
     def _of(self, platform: str, op: str, dtype: torch.dtype) -> Finding | None:
         name = str(dtype).removeprefix("torch.")
@@ -84,15 +91,7 @@ def read(path: str | os.PathLike[str]) -> Findings:
 def write(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
     """Write `data`, in the form above, whole or not at all."""
     _parsed(data, str(path))  # never a file that cannot be read back
-    path = pathlib.Path(path)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(json.dumps(data, indent=1) + "\n")
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    checkout.write({pathlib.Path(path): json.dumps(data, indent=1) + "\n"})
 
 
 def _parsed(data: Any, path: str) -> Findings:
@@ -109,5 +108,7 @@ def _parsed(data: Any, path: str) -> Findings:
             raise TypeError(f"works must be true, false or null, got {works!r}")
         if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
             raise ValueError(f"{dtype!r} is no dtype")
-        kernels[str(row["op"]), dtype] = Finding(works, str(row["reason"]))
+        tried = row.get("products")
+        products = None if tried is None else tuple(tuple(map(int, one)) for one in tried)
+        kernels[str(row["op"]), dtype] = Finding(works, str(row["reason"]), products)
     return Findings(**texts, kernels=MappingProxyType(kernels), path=path)

@@ -44,12 +44,13 @@ def make(
 ) -> Kernel:
     """The kernel of `kernels/<name>.py` with the numbers that its `premake` takes.
 
-    options: further launch options of a platform, as pairs. environment: variables that its compiler reads, as pairs.
+    options: further launch options of a platform, as pairs. environment: variables that its compiler reads: name, value
+    and the dtypes of the first argument that it is for (none: all).
     direct: hand compiled kernels to the driver past Triton's own launch. Generating takes 50 to 300 ms, so each one is
     made once.
     """
     with _lock:
-        return Kernel(name, num_warps, num_stages, dict(options), dict(environment), direct, parameters)
+        return Kernel(name, num_warps, num_stages, dict(options), environment, direct, parameters)
 
 
 class Kernel:
@@ -61,7 +62,7 @@ class Kernel:
         num_warps: int,
         num_stages: int,
         options: Mapping[str, Any],
-        environment: Mapping[str, str],
+        environment: tuple[tuple[str, str, tuple[str, ...]], ...],
         direct: bool,
         parameters: Mapping[str, Any],
     ) -> None:
@@ -74,7 +75,7 @@ class Kernel:
             arrangement, application, tensors, kernel_name=name, num_warps=num_warps, num_stages=num_stages
         )
         self.name, self.num_warps, self.num_stages = name, num_warps, num_stages
-        self.options, self.parameters, self.environment = dict(options), dict(parameters), dict(environment)
+        self.options, self.parameters, self.environment = dict(options), dict(parameters), environment
         # Tensors without any fixed size are lists of lengths and the like; numbers count too.
         loose = tuple(t.name for t in tensors if not any(isinstance(size, int) for size in t.shape))
         self.source = tidy(pathlib.Path(handle._source).read_text(encoding="utf-8"), name, loose)
@@ -118,8 +119,14 @@ class Kernel:
     def plain(self, *args: Any) -> None:
         """The generated launch, through Triton's own machinery."""
         grid, arguments, keywords = self.record(*args)
-        with _set(self.environment) if self.environment else _NOTHING:
+        with self._variables(args[0].dtype):
             self.function[grid](*arguments, **keywords, **self.options)
+
+    def _variables(self, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+        if not self.environment:
+            return _NOTHING
+        name = str(dtype).removeprefix("torch.")
+        return _set({key: value for key, value, dtypes in self.environment if not dtypes or name in dtypes})
 
     def record(self, *args: Any) -> tuple[tuple[int, ...], tuple, dict[str, Any]]:
         """(grid, arguments, keywords) that the generated launch would hand to Triton."""
@@ -139,7 +146,7 @@ class Kernel:
         # A tensor given twice is two arguments that may differ the next time: each gets an alias of its own.
         args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
         grid, arguments, keywords = self.record(*args)
-        with _set(self.environment):
+        with self._variables(args[0].dtype):
             compiled = self.function.warmup(*arguments, grid=grid, **keywords, **self.options)
         if hasattr(compiled, "result"):  # compiled in the background
             compiled = compiled.result()
@@ -199,14 +206,18 @@ _NOTHING = contextlib.nullcontext()
 
 @contextlib.contextmanager
 def _set(variables: Mapping[str, str]) -> Iterator[None]:
-    """Variables for the compiler alone: other kernels of the process have not asked for them. The user's own win."""
-    added = {name: value for name, value in variables.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
+    """Variables for the compiler alone: other kernels of the process have not asked for them. The user's own win.
+
+    One launch at a time: what another thread has set is not the user's.
+    """
+    with _lock:
+        added = {name: value for name, value in variables.items() if name not in os.environ}
+        os.environ.update(added)
+        try:
+            yield
+        finally:
+            for name in added:
+                os.environ.pop(name, None)
 
 
 def _on(device: torch.device) -> Any:

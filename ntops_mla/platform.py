@@ -225,8 +225,8 @@ class LaunchOption:
     `kind` is "launch" (a keyword of the launch) or "environment" (a variable that its compiler reads). `values` are
     those known. `passed` is what the kernels in `kernels` are launched with, where that Triton knows the option; None:
     left to Triton. A keyword is known where Triton's own options have it; a variable, which cannot be asked for, where
-    Triton is in the range `triton` (from the first version on, before the second). A variable that the user has set
-    stays.
+    Triton is in the range `triton` (from the first version on, before the second). A variable is for inputs of `dtypes`
+    alone (empty: all), and one that the user has set stays.
     """
 
     name: str
@@ -236,6 +236,7 @@ class LaunchOption:
     source: str
     passed: str | None = None
     triton: tuple[str | None, str | None] = (None, None)
+    dtypes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in ("launch", "environment"):

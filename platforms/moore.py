@@ -17,8 +17,16 @@ _HALF = ("bfloat16", "float16")
 _STAND_IN = "derived: cross-compiled for sm_80 (S5000), gfx90a and gfx942 (S4000); never run here"
 
 
-def _tile(kernel: str, warps: int, dtypes: tuple[str, ...] = (), arch: tuple[str, ...] = (), when=(), **blocks) -> Tile:
-    return Tile(kernel, blocks, warps, 1, _STAND_IN, arch=arch, dtypes=dtypes, when=dict(when))
+def _tile(
+    kernel: str,
+    warps: int,
+    dtypes: tuple[str, ...] = (),
+    arch: tuple[str, ...] = (),
+    when=(),
+    triton: tuple[str | None, str | None] = (None, None),
+    **blocks,
+) -> Tile:
+    return Tile(kernel, blocks, warps, 1, _STAND_IN, arch, dtypes, triton, dict(when))
 
 
 PLATFORM = Platform(
@@ -71,14 +79,18 @@ PLATFORM = Platform(
     extra_import="torch_musa",  # torch >= 2.5 loads it by itself, through its entry point
     tiles=(
         _tile("rms_norm", 4, when={"width": (1, 4096)}),
+        _tile("rms_norm", 16, ("float32",), ("MTT S5000",)),
         _tile("rms_norm", 8),
         _tile("rope", 4, block_h=16),
         _tile("latent_append", 4),
+        _tile("latent_append_rope", 4, block_h=16),
         _tile("mla_combine", 4),
         _tile("mla_decode", 8, _HALF, ("MTT S5000",), {"rows": (17, None)}, block_h=32, block_n=32, block_c=512),
         # 32 rows and 16 keys: the queries and a tile of keys take 55 KB where a compiler puts both into shared memory
         _tile("mla_decode", 4, _HALF, when={"rows": (17, None)}, block_h=32, block_n=16, block_c=512),
         _tile("mla_decode", 4, _HALF, ("MTT S5000",), {"latent": (256, 256)}, block_h=16, block_n=64, block_c=512),
+        # Older Tritons spill with 32 keys
+        _tile("mla_decode", 4, _HALF, ("MTT S5000",), triton=(None, "3.6"), block_h=16, block_n=16, block_c=512),
         _tile("mla_decode", 4, _HALF, block_h=16, block_n=32, block_c=512),
         _tile("mla_decode", 4, ("float32",), block_h=16, block_n=16, block_c=512),
         _tile("mla_prefill", 4, _HALF, block_m=32, block_n=32),
@@ -105,6 +117,7 @@ PLATFORM = Platform(
             source="flagos-ai/FlagTree:README.md: dot can be faster with it on Triton 3.1; 3.6's does not read it",
             passed="1",
             triton=("3.1", "3.6"),
+            dtypes=_HALF,
         ),
     ),
     notes=(

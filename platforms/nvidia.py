@@ -60,6 +60,12 @@ def _single(warps: int, width: int, *arch: str, triton=_SINCE) -> Tile:
     return Tile("mla_prefill", blocks, warps, 1, _COMPILED, arch, ("float32",), triton, when)
 
 
+def _single_decode(warps: int, latent: int, *arch: str) -> Tile:
+    """mla_decode in float32, likewise."""
+    blocks, when = {"block_h": 16, "block_n": 16, "block_c": 512}, {"latent": (latent, latent)}
+    return Tile("mla_decode", blocks, warps, 1, _COMPILED, arch, ("float32",), _SINCE, when)
+
+
 # Triton 3.1 does not pipeline a tile of keys that is read twice, and spills in every tile of the attention kernels:
 # they begin with 3.2. 3.3 to 3.5, 3.7 and 3.8 were not tried.
 _LATENT_512 = {"latent": (512, 512)}
@@ -77,16 +83,9 @@ _DECODE = (
     _decode(16, 32, 512, 4, 3, 1, "sm_90", "sm_100"),
     _decode(16, 64, 512, 4, 2, 1, when={"latent": (256, 256)}),
     _decode(16, 32, 512, 4, 2, 1),
-    # Exact float32 products use no matrix instructions
-    Tile(
-        "mla_decode",
-        {"block_h": 16, "block_n": 16, "block_c": 512},
-        8,
-        1,
-        _COMPILED,
-        dtypes=("float32",),
-        triton=_SINCE,
-    ),
+    _single_decode(8, 256, "sm_90"),
+    _single_decode(4, 256),
+    _single_decode(8, 512),
 )
 _PREFILL = (
     _prefill(128, 64, 8, 3, 192, "sm_90", "sm_100"),
@@ -135,9 +134,11 @@ PLATFORM = Platform(
     direct_launch=Fact(1, "triton-lang/triton:python/triton/compiler/compiler.py CompiledKernel.__getitem__"),
     tiles=(
         Tile("rms_norm", {}, 4, 1, _COMPILED, when={"width": (1, 4095)}),
+        Tile("rms_norm", {}, 16, 1, _COMPILED, dtypes=("float32",)),
         Tile("rms_norm", {}, 8, 1, _COMPILED),
         Tile("rope", {"block_h": 16}, 4, 1, _COMPILED),
         Tile("latent_append", {}, 4, 1, _COMPILED),
+        Tile("latent_append_rope", {"block_h": 16}, 4, 1, _COMPILED),
         Tile("mla_combine", {}, 4, 1, _COMPILED),
         *_DECODE,
         *_PREFILL,

@@ -43,7 +43,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 # Some vendors' images set it, and PyTorch's float32 products are then none.
 unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE
 # Only what is asked for below may decide what runs.
-unset NTOPS_MLA_BACKEND NTOPS_MLA_PLATFORM NTOPS_MLA_STRICT NTOPS_MLA_GATES
+unset NTOPS_MLA_BACKEND NTOPS_MLA_PLATFORM NTOPS_MLA_STRICT NTOPS_MLA_GATES NTOPS_MLA_INTERPRET
 
 platform=$("$python" -W ignore -c '
 import sys
@@ -56,6 +56,9 @@ except ValueError as error:
 [ -n "$output" ] || output=$PWD/build/ci/$platform
 # Nothing of an earlier run may look like this one's. Only what lanes write: the folder may be anybody's.
 mkdir -p "$output"
+if [ -e "$output/benchmarks" ] && [ ! -e "$output/steps.txt" ]; then
+    usage "argument --output: $output holds benchmarks that no lane left there"
+fi
 rm -rf "$output/benchmarks"
 rm -f "$output"/{steps.txt,gates.json,doctor.json,test-results.xml,attention.json,attention_kernel.json,compile.json,evidence.json}
 mkdir "$output/benchmarks"
@@ -105,6 +108,7 @@ cpu_benchmarks() {
     for file in dispatch_overhead launch_overhead; do
         "$python" "benchmarks/$file.py" --rounds 20 --json "$output/benchmarks/$file.json" || status=$?
     done
+    "$python" scripts/bench.py --cpu --quick --json "$output/benchmarks/bench.json" || status=$?
     return "$status"
 }
 
@@ -127,14 +131,16 @@ cpu_steps() {
         --json "$output/attention_kernel.json"
     step attention "attention_test with PyTorch" \
         "$python" scripts/attention_test.py --cpu --tiny --json "$output/attention.json"
-    step benchmarks "what dispatch and a launch cost" cpu_benchmarks
+    step benchmarks "what dispatch and a launch cost; every row of bench.py" cpu_benchmarks
     step compile "one op's kernels for the targets of all platforms" \
         "$python" -m ntops_mla compile --op rms_norm --json "$output/compile.json"
 }
 
 board_steps() {
-    step doctor "every kernel once, each in a process of its own" \
-        "$python" -m ntops_mla doctor --platform "$platform" --gates "$output/gates.json" --json "$output/doctor.json"
+    set -- --platform "$platform" --gates "$output/gates.json" --json "$output/doctor.json"
+    # A fake board computes in Triton's interpreter: one dtype takes long enough.
+    [ -z "${NTOPS_MLA_TEST_BOARD:-}" ] || set -- "$@" --dtype bfloat16
+    step doctor "every kernel, each op and dtype in a process of its own" "$python" -m ntops_mla doctor "$@"
     if [ -f "$output/gates.json" ]; then # so that what is broken does not take the rest with it
         export NTOPS_MLA_GATES=$output/gates.json
     fi

@@ -47,8 +47,8 @@ def test_every_row_is_checked_and_timed(capsys, tmp_path):
     assert result["interpreted"] is False
     # what ran, and nothing else: config a has no q LoRA and so no norm of its own, decode no prefill
     ran = {scenario: rows[scenario, "ntops_mla"]["choices"] for scenario in ("prefill", "decode")}
-    assert set(ran["decode"]) == {"rope", "latent_append", "mla_decode"}
-    assert {"rope", "latent_append", "mla_prefill"} <= set(ran["prefill"]) <= {*ran["decode"], "mla_prefill"}
+    assert set(ran["decode"]) == {"latent_append", "mla_decode"}
+    assert {"latent_append", "mla_prefill"} <= set(ran["prefill"]) <= {*ran["decode"], "mla_prefill"}
     for choices in ran.values():
         assert all(choice["backend"] == "reference" and choice["reason"] for choice in choices.values())
     assert "choices" not in rows["decode", "torch_loop"]
@@ -79,10 +79,20 @@ def test_one_row_only(capsys, name):
     assert sum(f"Attention {title}:" in out for title in attention_test.TITLES.values()) == 1
 
 
+def change_append(monkeypatch, factor):
+    """latent_append's rotated queries are wrong by a factor."""
+    op = get("latent_append")
+    right = op.spec
+
+    def wrong(*args):
+        right.reference(*args)
+        args[7].mul_(factor)
+
+    monkeypatch.setattr(op, "spec", right.__class__(right.name, right.key, wrong, right.supports))
+
+
 def test_a_wrong_row_is_status_1(capsys, monkeypatch, tmp_path):
-    right = get("rope").spec
-    wrong = lambda q_pe, cos, sin: right.reference(q_pe, cos, sin) * 1.2  # noqa: E731
-    monkeypatch.setattr(get("rope"), "spec", right.__class__(right.name, right.key, wrong, right.supports))
+    change_append(monkeypatch, 1.2)
     file = tmp_path / "result.json"
     status, out, _ = run(capsys, "--json", str(file))
     assert status == 1
@@ -91,9 +101,7 @@ def test_a_wrong_row_is_status_1(capsys, monkeypatch, tmp_path):
 
 
 def test_a_row_of_nan_is_status_1_and_valid_json(capsys, monkeypatch, tmp_path):
-    right = get("rope").spec
-    wrong = lambda q_pe, cos, sin: torch.full_like(q_pe, float("nan"))  # noqa: E731
-    monkeypatch.setattr(get("rope"), "spec", right.__class__(right.name, right.key, wrong, right.supports))
+    change_append(monkeypatch, float("nan"))
     file = tmp_path / "result.json"
     status, _, _ = run(capsys, "--json", str(file), "--implementation", "ntops_mla")
     assert status == 1

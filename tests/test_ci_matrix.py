@@ -16,22 +16,22 @@ from ntops_mla.__main__ import main
 from ntops_mla.platform import CILane, Markers, Platform, all_platforms
 
 ROOT = Path(__file__).resolve().parent.parent
-ACME = Platform(
-    name="acme",
+EMCA = Platform(
+    name="emca",
     title="Acme",
     aliases=(),
     markers=Markers(order=90, device_type="cpu", device_names=("Acme",)),
     limits=(),
     gates={},
     ci=CILane(
-        platform="acme",
+        platform="emca",
         runner="Acme",
-        image="acme.example/torch:1",
+        image="emca.example/torch:1",
         source="this test",
         docker=("--privileged",),
         volumes=("/dev:/dev",),
         timeout_minutes=30,
-        setup=("source /opt/acme/env.sh",),
+        setup=("source /opt/emca/env.sh",),
     ),
 )
 
@@ -153,38 +153,38 @@ def test_infinitensors_config():
 
 
 def test_a_new_platform_gets_its_lane(register):
-    register(ACME)
+    register(EMCA)
     files = parsed()
-    job = files["ci.yml"]["jobs"]["acme"]
-    assert "'acme')" in job["if"] and job["timeout-minutes"] == 30
+    job = files["ci.yml"]["jobs"]["emca"]
+    assert "'emca')" in job["if"] and job["timeout-minutes"] == 30
     assert job["container"] == {
-        "image": "acme.example/torch:1", "options": "--privileged --shm-size=16g", "volumes": ["/dev:/dev"],
+        "image": "emca.example/torch:1", "options": "--privileged --shm-size=16g", "volumes": ["/dev:/dev"],
     }  # fmt: skip
     assert [step["run"] for step in job["steps"] if "run" in step] == [
-        "source /opt/acme/env.sh",
-        "bash scripts/ci.sh acme",
+        "source /opt/emca/env.sh",
+        "bash scripts/ci.sh emca",
     ]
-    entry = files["ci_config.yml"]["platforms"]["acme"]
-    assert entry["setup"] == "source /opt/acme/env.sh && bash scripts/bootstrap.sh"
+    entry = files["ci_config.yml"]["platforms"]["emca"]
+    assert entry["setup"] == "source /opt/emca/env.sh && bash scripts/bootstrap.sh"
     assert entry["volumes"] == ["/dev:/dev"] and entry["jobs"]["gpu"]["resources"]["timeout"] == 1800
     assert "Acme" in files["actionlint.yaml"]["self-hosted-runner"]["labels"]
 
 
 def test_a_platform_without_a_lane_has_none(register):
-    register(dataclasses.replace(ACME, ci=None))
-    assert not any("acme" in text.lower() for text in ci_matrix.files().values())
+    register(dataclasses.replace(EMCA, ci=None))
+    assert not any("emca" in text.lower() for text in ci_matrix.files().values())
 
 
 def test_a_lane_without_an_image_is_no_lane_of_infinitensors(register):
-    register(dataclasses.replace(ACME, ci=dataclasses.replace(ACME.ci, image=None)))
-    with pytest.raises(ValueError, match=r"'acme'.*image"):
+    register(dataclasses.replace(EMCA, ci=dataclasses.replace(EMCA.ci, image=None)))
+    with pytest.raises(ValueError, match=r"'emca'.*image"):
         ci_matrix.files()
 
 
 def test_a_lane_without_infinitensors_name_is_only_githubs(register):
-    register(dataclasses.replace(ACME, ci=dataclasses.replace(ACME.ci, platform=None, image=None)))
+    register(dataclasses.replace(EMCA, ci=dataclasses.replace(EMCA.ci, platform=None, image=None)))
     files = parsed()
-    assert "container" not in files["ci.yml"]["jobs"]["acme"] and "acme" not in files["ci_config.yml"]["platforms"]
+    assert "container" not in files["ci.yml"]["jobs"]["emca"] and "emca" not in files["ci_config.yml"]["platforms"]
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_a_lane_without_infinitensors_name_is_only_githubs(register):
 )
 def test_a_bad_lane_is_refused(change, error, message):
     with pytest.raises(error, match=message):
-        dataclasses.replace(ACME.ci, **change)
+        dataclasses.replace(EMCA.ci, **change)
 
 
 def test_the_command_writes_and_checks(tmp_path, monkeypatch, capsys):

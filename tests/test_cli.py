@@ -1,6 +1,7 @@
 """`python -m ntops_mla`."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,7 @@ def test_cli_platforms(machine, capsys):
 
 def test_cli_env(machine, capsys, monkeypatch):
     machine.metax()
+    monkeypatch.delenv("NTOPS_MLA_TEST_SEED", raising=False)
     monkeypatch.setenv("NTOPS_MLA_STRICT", "1")
     data = json.loads(run(capsys, "env", "--json"))
     assert data["platform"]["name"] == "metax"
@@ -56,6 +58,26 @@ def test_cli_env(machine, capsys, monkeypatch):
     text = run(capsys, "env")
     for part in ("MetaX C550", torch.__version__, sys.version.split()[0], "NTOPS_MLA_STRICT=1", "float64"):
         assert part in text
+
+
+def test_cli_env_tells_the_drivers_version_and_what_was_found_broken(machine, capsys, monkeypatch, tmp_path):
+    machine.metax()
+    (tmp_path / "mx-smi").write_text("#!/bin/sh\necho '| Kernel Mode Driver Version: 2.14.6   | BIOS 1.2 |'\n")
+    (tmp_path / "mx-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    gates = tmp_path / "gates.json"
+    row = {"op": "rope", "dtype": "float16", "works": False, "reason": "it hung"}
+    said = {"platform": "metax", "device": "MetaX C550", "triton": "3.0.0", "date": "2026-01-01", "kernels": [row]}
+    gates.write_text(json.dumps(said))
+    monkeypatch.setenv("NTOPS_MLA_GATES", str(gates))
+    data = json.loads(run(capsys, "env", "--json"))
+    assert data["device"]["driver"] == "2.14.6"
+    first = data["gates"][0]
+    assert (first["op"], first["dtype"], first["mode"]) == ("rope", "float16", "reference")
+    assert "it hung" in first["reason"]
+    gates.write_text("{}")
+    data = json.loads(run(capsys, "env", "--json"))
+    assert data["gates"][0]["mode"] == "error" and "'platform' is missing" in data["gates"][0]["reason"]
 
 
 def test_cli_env_comes_out_with_a_wrong_setting(machine, capsys, monkeypatch):

@@ -278,9 +278,9 @@ def test_latent_append_through_float32_writes_the_rows_and_nothing_else(on_toy, 
     """float16, slots out of order with a skipped one, more tokens than a page, in a cache of NaN."""
     launched = []
 
-    def kernel(platform, kv_a, weight, cos, sin, slots, cache, eps):
-        launched.append((kv_a.dtype, weight.dtype, cache.dtype))
-        ops.get("latent_append").spec.reference(kv_a, weight, cos, sin, slots, cache, eps)
+    def kernel(platform, kv_a, weight, cos, sin, slots, cache, eps, q_pe):
+        launched.append((kv_a.dtype, weight.dtype, cache.dtype, q_pe.dtype))
+        ops.get("latent_append").spec.reference(kv_a, weight, cos, sin, slots, cache, eps, q_pe)
 
     kv_a, weight, cos, sin, *_ = ops.get("latent_append").example(CPU, torch.float16, tokens=21)
     weight = torch.rand_like(weight) + 0.5
@@ -288,11 +288,14 @@ def test_latent_append_through_float32_writes_the_rows_and_nothing_else(on_toy, 
     slots[[3, 17]] = -1
     expected = torch.full((3, 16, 576), float("nan"), dtype=torch.float16)
     cache = expected.clone()
-    ops.latent_append.reference(kv_a, weight, cos, sin, slots, expected)
+    q_pe = torch.randn(21, 3, 64).to(torch.float16)
+    expected_q = q_pe.clone()
+    ops.latent_append.reference(kv_a, weight, cos, sin, slots, expected, 1e-6, expected_q)
     with_kernel(monkeypatch, "latent_append", kernel)
     assert "cast to float32" in ops.latent_append.explain(kv_a, weight, cos, sin, slots, cache).reason
-    ops.latent_append(kv_a, weight, cos, sin, slots, cache)
-    assert launched == [(torch.float32,) * 3]
+    ops.latent_append(kv_a, weight, cos, sin, slots, cache, 1e-6, q_pe)
+    assert launched == [(torch.float32,) * 4]
+    assert torch.equal(q_pe, expected_q)
     assert fallbacks(quiet) == [], "or PyTorch wrote them"
     written = ~cache.view(48, -1).isnan().any(-1)
     assert sorted(written.nonzero().flatten().tolist()) == sorted(s for s in slots.tolist() if s >= 0)

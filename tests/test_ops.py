@@ -224,9 +224,34 @@ def test_latent_append_skips_slot_minus_one(skipped):
     assert int((~cache.isnan()).all(-1).sum()) == len(kept)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("heads, rope", [(1, 64), (20, 64), (3, 32)])
+def test_latent_append_rotates_queries_where_they_are(heads, rope, dtype):
+    """The same cache as without them, the same bits as rope; the queries' other columns stay."""
+    kv_a, weight, cos, sin, slots, cache = append_inputs(5, 16, dtype, 8 * rope, rope)
+    slots[3] = -1
+    q = torch.randn(5, heads, 128 + rope).to(dtype)
+    expected, before = cache.clone(), q.clone()
+    ops.latent_append(kv_a, weight, cos, sin, slots, expected, 1e-5)
+    assert ops.latent_append(kv_a, weight, cos, sin, slots, cache, 1e-5, q[..., 128:]) is None
+    torch.testing.assert_close(cache, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(q[..., 128:], ops.rope(before[..., 128:], cos, sin))
+    assert torch.equal(q[..., :128], before[..., :128])
+
+
+def test_latent_append_of_bad_slots_leaves_the_queries():
+    kv_a, weight, cos, sin, slots, cache = append_inputs(5, 16, torch.float32)
+    q_pe = torch.randn(5, 2, 64)
+    before, slots[4] = q_pe.clone(), 48
+    with pytest.raises(ValueError, match="slots must be"):
+        ops.latent_append(kv_a, weight, cos, sin, slots, cache, 1e-6, q_pe)
+    assert torch.equal(q_pe, before) and cache.isnan().all()
+
+
 def test_latent_append_of_nothing_writes_nothing():
     args = append_inputs(0, 16, torch.float32)
     ops.latent_append(*args)
+    ops.latent_append(*args, 1e-6, torch.empty(0, 2, 64))
     assert args[5].isnan().all()
 
 
@@ -834,6 +859,13 @@ BAD = [
     ("latent_append", "cache", is_(None), TypeError, "NoneType"),
     ("latent_append", "slots", is_([0, 1, 2]), TypeError, "list"),
     ("latent_append", "eps", is_("small"), TypeError, "small"),
+    ("latent_append", "q_pe", is_(torch.zeros(3, 64)), ValueError, "[3, 64]"),
+    ("latent_append", "q_pe", is_(torch.zeros(2, 2, 64)), ValueError, "3"),
+    ("latent_append", "q_pe", is_(torch.zeros(3, 2, 62)), ValueError, "64"),
+    ("latent_append", "q_pe", is_(torch.zeros(3, 2, 64, dtype=torch.float16)), TypeError, "float16"),
+    ("latent_append", "q_pe", is_(torch.zeros(3, 2, 64, device=META)), ValueError, "meta"),
+    ("latent_append", "q_pe", is_(torch.zeros(3, 1, 64).expand(3, 2, 64)), ValueError, "expanded"),
+    ("latent_append", "q_pe", is_([0.0]), TypeError, "list"),
     ("mla_decode", "q_nope", lambda t: t[0], ValueError, "[1, 2, 512]"),
     ("mla_decode", "q_nope", cast(torch.int8), TypeError, "int8"),
     ("mla_decode", "q_pe", lambda t: t[0], ValueError, "[1, 2, 64]"),
@@ -1024,7 +1056,7 @@ def test_the_schema_is_the_functions_signature(name):
         if argument.has_default_value():
             assert argument.default_value == parameter.default
     assert [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write] == (
-        ["cache"] if name == "latent_append" else []
+        ["cache", "q_pe"] if name == "latent_append" else []
     )
 
 
@@ -1058,6 +1090,7 @@ OPCHECK_SIZES = {
     "one token": {"tokens": 1, "heads": 1},
     "float32": {"dtype": torch.float32},
     "256 + 32": {"kv_lora_rank": 256, "rope": 32},
+    "queries": {"q_heads": 3},
 }
 
 
@@ -1073,11 +1106,11 @@ def compiled_forms(name):
     function = getattr(ops, name)
     if name == "latent_append":
 
-        def graph(kv_a, weight, cos, sin, slots, cache, eps):
+        def graph(kv_a, weight, cos, sin, slots, cache, eps, q_pe):
             # float64, because Inductor adds in another order than PyTorch
             before = cache.sum(dtype=torch.float64)
-            function(kv_a * 2, weight, cos, sin, slots, cache, eps)
-            return before, cache.sum(dtype=torch.float64), cache * 3
+            function(kv_a * 2, weight, cos, sin, slots, cache, eps, q_pe)
+            return before, cache.sum(dtype=torch.float64), cache * 3, *(() if q_pe is None else (q_pe * 3,))
 
     else:
 
@@ -1088,8 +1121,8 @@ def compiled_forms(name):
     return graph
 
 
-def check_compiled(name, backend, dtype=torch.float32):
-    args = example(name, dtype)
+def check_compiled(name, backend, dtype=torch.float32, **sizes):
+    args = example(name, dtype, **sizes)
     graph = compiled_forms(name)
     torch.compiler.reset()
     compiled = torch.compile(graph, fullgraph=True, backend=backend)
@@ -1098,7 +1131,7 @@ def check_compiled(name, backend, dtype=torch.float32):
             torch.testing.assert_close(a, b)
     if name == "latent_append":
         args = clones(args)
-        before, after, _ = compiled(*args)
+        before, after, *_ = compiled(*args)
         assert before == 0 and after != 0
         assert int(args[5].view(-1, 576).any(-1).sum()) == 5, "the caller's cache"
 
@@ -1106,6 +1139,10 @@ def check_compiled(name, backend, dtype=torch.float32):
 @pytest.mark.parametrize("name", NAMES)
 def test_compile(name):
     check_compiled(name, "aot_eager")
+
+
+def test_compile_with_queries():
+    check_compiled("latent_append", "aot_eager", q_heads=2)
 
 
 @pytest.mark.slow

@@ -5,4 +5,4 @@ puts it for people; `--json` prints the data itself. One that takes long has `ru
 returns the exit status. A new subcommand is a new module and its name in `COMMANDS`.
 """
 
-COMMANDS = ("platforms", "env", "ops", "explain", "doctor", "compile", "evidence")
+COMMANDS = ("platforms", "env", "ops", "explain", "doctor", "tune", "compile", "evidence")

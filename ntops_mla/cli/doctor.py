@@ -6,8 +6,11 @@ import argparse
 import math
 import os
 import pathlib
+import signal
+import sys
+from typing import Any
 
-from ntops_mla import doctor, findings, ops
+from ntops_mla import child, doctor, findings, ops
 from ntops_mla import platform as platforms
 from ntops_mla.cli import arguments
 from ntops_mla.cli.table import said
@@ -48,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if args.child:
         sum_only = args.child == "sum"
         data = doctor.add(args.device) if sum_only else doctor.examine(args.child, args.dtype, args.device)
-        print(doctor.answer(data), flush=True)
+        print(child.answer(data), flush=True)
         os._exit(0)  # a driver that was brought up may hang or crash on the way out
     for name in ("json", "gates"):
         path = getattr(args, name)
@@ -73,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, detection: platforms.Detection) -> int:
+    # Else an end by SIGTERM would leave the child running, on the board, for ever.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     board = doctor.preflight(detection, args.timeout)
     for name in ("platform", "reason", "device", "name", "limits", "triton", "triton_target", "shared_memory"):
         print(f"{name.replace('_', ' '):14}  {said(board[name])}", flush=True)
@@ -89,14 +94,21 @@ def _run(args: argparse.Namespace, detection: platforms.Detection) -> int:
             state = {True: "works", False: "BROKEN", None: "PyTorch"}[row["works"]]
             told = f"{row['op']:14}  {row['dtype']:9}  {state:8}  {row['seconds']:5.1f} s  {row['reason']}"
             print(told.rstrip(), flush=True)
-    report = doctor.report(board, kernels)
+            _write(args, board, kernels)  # each time: whoever ends this, what was found stays
+    _write(args, board, kernels)
     if args.json is not None:
-        findings.write(args.json, report)
         print(f"report: {args.json}")
     if args.gates is not None:
-        findings.write(args.gates, {key: report[key] for key in ("platform", "device", "triton", "date", "kernels")})
         print(f"gates: {args.gates}; {findings.VARIABLE}={args.gates} makes the dispatcher read them")
     broken = [row for row in kernels if row["works"] is False]
     if broken:
         print(f"{len(broken)} of {len(kernels)} are broken")
     return 1 if broken or board["problems"] else 0
+
+
+def _write(args: argparse.Namespace, board: dict[str, Any], kernels: list[dict[str, Any]]) -> None:
+    report = doctor.report(board, kernels)
+    if args.json is not None:
+        findings.write(args.json, report)
+    if args.gates is not None:
+        findings.write(args.gates, {key: report[key] for key in ("platform", "device", "triton", "date", "kernels")})

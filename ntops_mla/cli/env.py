@@ -8,11 +8,14 @@ import importlib.metadata
 import importlib.util
 import os
 import platform as system
+import re
+import subprocess
 import sys
 from typing import Any
 
 import torch
 
+from ntops_mla import findings
 from ntops_mla import platform as platforms
 from ntops_mla.cli.platforms import LIMIT_HEAD, limit_row, limits_data
 from ntops_mla.cli.table import said, table
@@ -96,13 +99,40 @@ def _device(found: platforms.Detection) -> dict[str, Any]:
         "shared_memory": info.shared_memory,
         "processors": info.processors,
         "triton_target": info.triton_target,
+        "driver": _driver(found.platform),
         "errors": [*errors, *info.errors],
         "limits": None if limits is None else limits_data(limits),
     }
 
 
+def _driver(platform: platforms.Platform) -> str | None:
+    """The driver's version, as the vendor's tool shows it."""
+    if platform.ci is None or platform.ci.smi is None:
+        return None
+    try:
+        done = subprocess.run(
+            [platform.ci.smi], capture_output=True, text=True, timeout=30, check=False, errors="replace"
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    told = re.search(r"driver version\s*:?\s*([0-9][\w.-]*)", done.stdout, re.IGNORECASE)
+    return told and told[1]
+
+
 def _gates(platform: platforms.Platform) -> list[dict[str, str]]:
-    return [
+    """Those of a gates file first, since they win, then the platform's."""
+    try:
+        found = findings.from_environment()
+    except ValueError as error:  # every op raises it; the report is about that
+        rows = [{"op": "*", "dtype": "*", "mode": "error", "reason": str(error)}]
+    else:
+        broken = (
+            [(op, dtype, found.broken(platform.name, op, getattr(torch, dtype))) for op, dtype in found.kernels]
+            if found
+            else []
+        )
+        rows = [{"op": op, "dtype": dtype, "mode": "reference", "reason": why} for op, dtype, why in broken if why]
+    return rows + [
         {"op": op, "dtype": dtype, "mode": gate.mode, "reason": gate.reason}
         for op, row in platform.gates.items()
         for dtype, gate in row.items()
@@ -123,6 +153,7 @@ def text(data: dict[str, Any]) -> str:
         ("shared memory", said(device.get("shared_memory"))),
         ("processors", said(device.get("processors"))),
         ("triton target", said(device.get("triton_target"))),
+        ("driver", said(device.get("driver"))),
         *(("said", error) for error in device.get("errors", ())),
         ("ntops_mla", said(data["ntops_mla"])),
         ("torch", torch_said),

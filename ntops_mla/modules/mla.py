@@ -153,9 +153,9 @@ class MLA(nn.Module):
         q, kv_a = self._project(hidden_states)
         storage = step.cache.storage[self.layer_idx]
         weight = self.kv_a_layernorm.weight
-        ops.latent_append(kv_a, weight, step.cos, step.sin, step.slots, storage, cfg.rms_norm_eps)
         q_nope, q_pe = q.split([cfg.qk_nope_head_dim, cfg.qk_rope_head_dim], -1)
-        q_pe = ops.rope(q_pe, step.cos, step.sin)
+        # q is ours: its RoPE columns are rotated where they are.
+        ops.latent_append(kv_a, weight, step.cos, step.sin, step.slots, storage, cfg.rms_norm_eps, q_pe)
         out = self._attend(q, q_nope, q_pe, step, plan)
         out = F.linear(out.reshape(len(out), -1), self.o_proj.weight, self.o_proj.bias)
         step.commit(self.layer_idx)
@@ -218,8 +218,6 @@ class MLA(nn.Module):
         for group in plan.absorbed:
             out[group.tokens] = self._absorbed(q_nope[group.tokens], q_pe[group.tokens], step, group)
         if plan.expanded is not None:
-            # The rotated columns go back into q, which is ours: [Te, H, Dnope + R]
-            q[..., cfg.qk_nope_head_dim :] = q_pe
             if isinstance(plan.expanded, slice):
                 self._expanded(q[plan.expanded], step, plan, out[plan.expanded])
             else:

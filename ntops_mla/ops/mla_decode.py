@@ -375,19 +375,33 @@ def launch(made: _Made, inputs: tuple, causal: bool, splits: int, out, lse, part
 
 
 def _example(
-    device="cpu", dtype=torch.bfloat16, *, tokens=4, heads=16, kv_lora_rank=512, rope=64, page_size=64, s_q=1, **_
+    device="cpu",
+    dtype=torch.bfloat16,
+    *,
+    tokens=4,
+    heads=16,
+    kv_lora_rank=512,
+    rope=64,
+    page_size=64,
+    s_q=1,
+    keys=None,
+    num_splits=None,
+    **_,
 ):
-    cache = torch.randn(tokens, page_size, kv_lora_rank + rope, device=device, dtype=dtype)
+    """`keys`: those of the first request, each next one has one less; None: 1, 2, 3, ..."""
+    ends = torch.arange(1, tokens + 1) if keys is None else torch.arange(keys, keys - tokens, -1)
+    pages = 1 if keys is None else -(-keys // page_size)
+    cache = torch.randn(tokens * pages, page_size, kv_lora_rank + rope, device=device, dtype=dtype)
     return (
         torch.randn(tokens, s_q, heads, kv_lora_rank, device=device, dtype=dtype),
         torch.randn(tokens, s_q, heads, rope, device=device, dtype=dtype),
         cache[:, :, :kv_lora_rank],
         cache[:, :, kv_lora_rank:],
-        torch.arange(tokens, dtype=torch.int32, device=device)[:, None],
-        torch.arange(1, tokens + 1, dtype=torch.int32, device=device).clamp(max=page_size),
+        torch.arange(tokens * pages, dtype=torch.int32, device=device).view(tokens, pages),
+        ends.clamp(1, pages * page_size).to(device=device, dtype=torch.int32),
         (kv_lora_rank + rope) ** -0.5,
         True,
-        None,
+        num_splits,
     )
 
 

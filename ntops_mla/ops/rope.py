@@ -57,14 +57,19 @@ def _check_args(q_pe, cos, sin):
     _check.same_device("rope", "q_pe", q_pe, ("cos", cos), ("sin", sin))
 
 
-def _reference(q_pe, cos, sin):
-    out = torch.empty(q_pe.shape, dtype=q_pe.dtype, device=q_pe.device)
+def rotate_into(out: torch.Tensor, q_pe: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """`q_pe` `[T, H, R]` rotated into `out`, which may be q_pe itself."""
     cos, sin = cos[:, None], sin[:, None]
     # [tokens, H, R] by [tokens, 1, R / 2], some tokens at a time: the float32 intermediates then stay in the cache.
     step = max(1, _ELEMENTS_AT_ONCE // max(1, q_pe.shape[1] * q_pe.shape[2])) if q_pe.device.type == "cpu" else len(out)
     for start in range(0, len(out), max(1, step)):
         rows = slice(start, start + step)
         out[rows] = rotate_pairs(q_pe[rows], cos[rows], sin[rows])
+
+
+def _reference(q_pe, cos, sin):
+    out = torch.empty(q_pe.shape, dtype=q_pe.dtype, device=q_pe.device)
+    rotate_into(out, q_pe, cos, sin)
     return out
 
 

@@ -112,7 +112,7 @@ def arguments(name, dtype):
     if name == "latent_append":
         args = list(append_inputs(pick(37, 5), 16, dtype, strided=True))
         args[4][2] = -1
-        return [*args, 1e-6]
+        return [*args, 1e-6, torch.randn(len(args[0]), pick(20, 3), 192).to(dtype)[..., 128:]]
     if name == "mla_decode":
         lengths = scaled(300, 0, 1, 77)
         heads = pick(20, 3)
@@ -122,9 +122,11 @@ def arguments(name, dtype):
 
 
 def outcome(name, args):
-    """What the op called `name` makes of `args`: its results, or the cache it has written to."""
+    """What the op called `name` makes of `args`: its results, or what it has written to."""
     result = run(getattr(ops, name), *args)
-    return [args[5]] if name == "latent_append" else [result] if isinstance(result, torch.Tensor) else list(result)
+    if name == "latent_append":
+        return [args[5], args[7]]
+    return [result] if isinstance(result, torch.Tensor) else list(result)
 
 
 def check_outcome(name, args, results):
@@ -143,6 +145,7 @@ def check_outcome(name, args, results):
     if name == "latent_append":  # NaN where nothing is written
         expected, result = exact[5], results[0].cpu()
         assert torch.equal(result.isnan(), expected.isnan())
+        check_rounded(results[1], exact[7], "q_pe")
         return check_rounded(result.nan_to_num(0), expected.nan_to_num(0), name)
     return check_rounded(results[0], expected, name)
 

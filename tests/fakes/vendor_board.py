@@ -102,14 +102,15 @@ def _torch(torch: ModuleType) -> None:
         setattr(torch.version, attribute, show.versions.get(attribute))
     if show.corex:
         torch.corex = True
-    _watch_cuda(torch)
     if show.device_type == "musa":
         import fake_musa
 
         fake_musa.install(queries())
+        _watch_cuda(torch)
         return
     for name, answer in queries().items():
         setattr(torch.cuda, name, answer)
+    _watch_cuda(torch)
     import fake_cuda
 
     fake_cuda.install()
@@ -133,7 +134,9 @@ def queries() -> dict[str, Callable]:
 def _watch_cuda(torch: ModuleType) -> None:
     """Note every call of a function of torch.cuda that comes from this project's own code."""
     root = os.path.realpath(os.path.join(os.path.dirname(__file__), "..", ".."))
-    ours = tuple(os.path.join(root, folder) + os.sep for folder in ("ntops_mla", "kernels", "platforms", "scripts"))
+    ours = tuple(
+        os.path.join(root, folder) + os.sep for folder in ("ntops_mla", "kernels", "platforms", "scripts", "benchmarks")
+    )
 
     def watched(name, function):
         def call(*args, **kwargs):

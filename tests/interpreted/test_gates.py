@@ -286,10 +286,13 @@ def test_tiles(toy, launches, name, tile):
         width = size("width", 64, 32)
         x, (cos, sin) = torch.randn(3, 21, width).to(dtype), turns(3, width)
         assert_close(by_kernel(ops.rope, x, cos, sin), rope64(x, cos, sin), ROUNDED[dtype])
-    elif tile.kernel == "latent_append":
+    elif tile.kernel in ("latent_append", "latent_append_rope"):
         latent = size("latent", 512, 256)
         args = append_inputs(5, 16, dtype, latent, latent // 8)
-        check_against_float64(tile.kernel, args, called(tile.kernel, args))
+        if tile.kernel == "latent_append_rope":
+            args = (*args, 1e-6, torch.randn(5, 20, latent // 8).to(dtype))
+        check_against_float64("latent_append", args, called("latent_append", args))
+        assert launches[-1][0] == tile.kernel
     elif tile.kernel == "mla_prefill":
         width = size("width", 192, 256)
         sizes = {"heads": 1, "dqk": width, "dv": 128 if width == 192 else 256}

@@ -113,3 +113,22 @@ def test_a_cache_of_more_than_2_to_the_31_elements(page_size, beyond_int32):
     rows = cache.view(-1, 576)[slots]
     assert_close(rows[:, :512], norm64(kv_a[:, :512], weight, 1e-6), ROUNDED[torch.float16])
     assert_close(rows[:, 512:], rope64(kv_a[:, 512:], cos, sin), ROUNDED[torch.float16])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("latent, rope", SIZES, ids=str)
+@pytest.mark.parametrize("tokens, heads", [(5, 1), (3, 16), (2, 20), (1, 128)])
+def test_queries_in_the_same_launch(tokens, heads, latent, rope, dtype, launches):
+    """The cache as without them; rotated where they are, with the same bits as rope's own kernel."""
+    kv_a, weight, cos, sin, slots, cache = append_inputs(tokens, 16, dtype, latent, rope)
+    slots[0] = -1
+    q = torch.randn(tokens, heads, 3 * rope).to(dtype)
+    expected, before = cache.clone(), q.clone()
+    by_kernel(ops.latent_append, kv_a, weight, cos, sin, slots, expected, 1e-5)
+    turned = by_kernel(ops.rope, before[..., 2 * rope :], cos, sin)
+    launches.clear()
+    by_kernel(ops.latent_append, kv_a, weight, cos, sin, slots, cache, 1e-5, q[..., 2 * rope :])
+    assert [name for name, _ in launches] == ["latent_append_rope"]
+    torch.testing.assert_close(cache, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(q[..., 2 * rope :], turned)
+    assert torch.equal(q[..., : 2 * rope], before[..., : 2 * rope])

@@ -61,10 +61,18 @@ def test_the_kernel_of_every_op_computes_there(platform, device, tried, launches
         assert found == {"works": None, "reason": ops.get(name).explain(*example(name, device, dtype)).reason}
         assert launches == []
         return
-    assert found == {"works": True, "reason": ""}
+    assert (found["works"], found["reason"]) == (True, "")
+    limits, kind = platform.limits_for(SHOW.capability), str(dtype).removeprefix("torch.")
     # mla_decode's tile is as its rows are
-    tiles = {(tile.num_warps, tile.num_stages) for tile in platform.tiles if tile.kernel == name}
-    limits = platform.limits_for(SHOW.capability)
+    tiles = {
+        (tile.num_warps, tile.num_stages)
+        for tile in platform.tiles
+        if tile.kernel == name and limits.arch in (tile.arch or (limits.arch,)) and kind in (tile.dtypes or (kind,))
+    }
+    if name == "mla_decode":
+        assert {launch["kernel"] for launch in launches} == {"mla_decode", "mla_combine"}
+    if name == "latent_append":
+        assert {launch["kernel"] for launch in launches} == {"latent_append", "latent_append_rope"}
     mine = [launch["options"] for launch in launches if launch["kernel"] == name]
     assert mine
     for options in mine:
@@ -93,6 +101,10 @@ def test_launch_options_that_this_triton_knows(device, tried, launches, triton_i
     sqmma = "1" if SHOW.platform == "moore" and SHOW.triton < "3.6" else None
     attention(name, device)
     (launch,) = [launch for launch in launches if launch["kernel"] == name]
+    float32 = [] if SHOW.platform == "iluvatar" else [example(name, device, torch.float32)]
+    for args in float32:
+        getattr(ops, name)(*args)
+        assert launches[-1]["sqmma"] is None, "it is for two-byte inputs"
     assert (launch["options"].get("scenario"), launch["sqmma"]) == (scenario, sqmma)
     assert set(launch["options"]) == {"num_warps", "num_stages"} | ({"scenario"} if scenario else set())
     assert "MUSA_ENABLE_SQMMA" not in os.environ, "other kernels have not asked for it"

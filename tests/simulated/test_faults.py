@@ -67,13 +67,16 @@ def test_an_old_triton(device, platform, triton_is, version, name):
     assert vendor_board.state.launches == []
 
 
+# The public Triton for NVIDIA: of Iluvatar's own it differs in lanes alone
+@pytest.mark.parametrize("other", [("hip", "gfx942", 64), ("cuda", 80, 32)], ids=["hip", "cuda"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_triton_of_another_vendor(device, name):
+def test_a_triton_of_another_vendor(device, name, other):
     backend, arch, lanes = SHOW.target
-    interpreter.install_driver("hip", "gfx942", 64)
+    interpreter.install_driver(*other)
     boards.forget()
+    words = f"Triton compiles for {other[0]}:{other[1]} with {other[2]} lanes, and this board's Triton for"
     try:
-        assert falls_back(device, name, "Triton compiles for hip:gfx942, and this board's Triton for") == []
+        assert falls_back(device, name, words) == []
     finally:
         interpreter.install_driver(backend, arch, lanes)
         boards.forget()
@@ -138,11 +141,19 @@ def test_what_a_doctor_found_elsewhere_allows_nothing(device, platform, tried, m
         pytest.skip("nothing is refused on this board")
     args = example("mla_decode", device)
     assert ops.mla_decode.explain(*args).backend == "kernel"
+    tested = json.loads(tried.read_text())
+    for products, backend in (([[16, 32]], "kernel"), ([[32, 16]], "reference")):  # of other tiles nothing is known
+        rows = [{**row, "products": products} for row in tested["kernels"]]
+        tried.write_text(json.dumps({**tested, "kernels": rows}))
+        dispatch.reset()
+        assert ops.mla_decode.explain(*args).backend == backend
+    tried.write_text(json.dumps(tested))
     for name, other in (("device", "MetaX C600"), ("triton", "3.6.0"), ("platform", "moore")):
         data = json.loads(tried.read_text())
         tried.write_text(json.dumps({**data, name: other}))
         dispatch.reset()
-        assert ops.mla_decode.explain(*args).backend == "reference"
+        choice = ops.mla_decode.explain(*args)
+        assert choice.backend == "reference" and f"{tried} is of" in choice.reason
         tried.write_text(json.dumps(data))
 
 
