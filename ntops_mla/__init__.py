@@ -11,6 +11,7 @@ interpreter.announce()  # before anything below could import Triton
 from ntops_mla import ops  # noqa: E402
 from ntops_mla.cache import CacheFull, LatentCache, Step  # noqa: E402
 from ntops_mla.config import MLAConfig  # noqa: E402
+from ntops_mla.decode_graph import DecodeGraph  # noqa: E402
 from ntops_mla.dispatch import (  # noqa: E402
     BackendUnavailableError,
     Choice,
@@ -28,6 +29,7 @@ __all__ = [
     "BackendUnavailableError",
     "CacheFull",
     "Choice",
+    "DecodeGraph",
     "KernelFallbackWarning",
     "LatentCache",
     "MLAConfig",

@@ -295,3 +295,44 @@ def synchronize(device: torch.device | str) -> None:
     device = _as_device(device)
     if device.type not in ("cpu", "meta"):
         device_module(device).synchronize(device)
+
+
+def graph_problem(device: torch.device | str) -> str | None:
+    """Why work on a device cannot be captured as a graph and replayed, None where it can."""
+    device = _as_device(device)
+    if device.type in ("cpu", "meta"):
+        return f"a {device.type} device has no graphs"
+    module = device_module(device)
+    missing = [name for name in (_graph_class(device), "graph") if not hasattr(module, name)]
+    return f"torch.{device.type} has no {' and no '.join(missing)}" if missing else None
+
+
+def capture(device: torch.device | str, function: Callable[[], object], pool: object = None) -> Captured:
+    """Capture the work that `function` launches; what compiles, and the first choice of an op, must be behind it."""
+    device = _as_device(device)
+    module = device_module(device)
+    graph = getattr(module, _graph_class(device))()
+    with module.graph(graph, pool=pool):
+        result = function()
+    return Captured(graph.replay, result, graph.pool())
+
+
+@dataclass(frozen=True)
+class Captured:
+    """`replay()` does the work again, over what its inputs hold now, into `result`; `pool` is its memory."""
+
+    replay: Callable[[], None]
+    result: object
+    pool: object
+
+
+def side_stream(device: torch.device | str) -> object:
+    """A `with` block whose work goes to a stream of its own, behind what was launched before."""
+    module = device_module(device)
+    stream = module.Stream()
+    stream.wait_stream(module.current_stream())
+    return module.stream(stream)
+
+
+def _graph_class(device: torch.device) -> str:
+    return f"{device.type.upper()}Graph"

@@ -496,8 +496,8 @@ def carry():
     return "\n".join(
         [
             f"# For Python {python} on {sysconfig.get_platform()}{keeping}.",
-            f"# Where there is a network, with this text in the file carry.txt, by a Python {python} too, since pip leaves",
-            "# out what another one does not need:",
+            "# Where there is a network, with this text in the file carry.txt, by the same Python version (pip",
+            "# leaves out what another one does not need):",
             f"#   {download} -r carry.txt {tags}",
             *(f"#   {download} --no-deps {line}" for line in alone),  # a wheel for all systems
             "# Then here, with the folder DIR: bash scripts/bootstrap.sh --offline DIR",

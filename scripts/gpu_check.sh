@@ -7,6 +7,7 @@
 #   flash_mla   all of FlashMLA's dense correctness cases, likewise
 #   sanitizer   compute-sanitizer over a few tests, where it is installed
 #   benchmarks  benchmarks/*.py
+#   bench       scripts/bench.py beside its peers, its plots, then its sweep over tiles
 #   attention   scripts/attention_test.py with the numbers of configs A and R1
 # Exit status 1 where a part failed, 2 where no accelerator works or a part is unknown.
 #   NTOPS_MLA_DIRECT_PYTHON   a Python to use as it is, instead of .venv: for machines without internet
@@ -19,7 +20,7 @@ set -eu
 here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 cd "$here/.."
 
-all_parts="report tests flash_mla sanitizer benchmarks attention"
+all_parts="report tests flash_mla sanitizer benchmarks bench attention"
 [ "$#" -gt 0 ] || set -- $all_parts
 for part in "$@"; do
     case " $all_parts " in
@@ -127,6 +128,19 @@ part_benchmarks() {
             "$python" "$file" "$@" || status=1
         fi
     done
+    return "$status"
+}
+
+part_bench() {
+    local status=0
+    set -- --json "$results/bench.json" --plots "$results"
+    if [ "$rehearsal" = 1 ]; then # as above
+        NTOPS_MLA_INTERPRET=0 "$python" scripts/bench.py --cpu --quick "$@"
+        return
+    fi
+    NTOPS_MLA_STRICT=1 "$python" scripts/bench.py "--$platform" "$@" || status=1
+    # Apart, since a tile may take the process with it.
+    "$python" scripts/bench.py "--$platform" --tiles --json "$results/bench_tiles.json" || status=1
     return "$status"
 }
 

@@ -1283,3 +1283,35 @@ def test_memory_is_linear_in_the_keys(case):
     setup = textwrap.dedent(MEMORY[case]) + f'small = ops.get("{name}").example(heads=2)\n'
     growth = float(run(code.replace("call(*small)", setup + "call(*small)"), timeout=120))
     assert 0 < growth < MEBIBYTES.get(case, 320), f"{growth:.0f} MiB"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_a_compiled_step_over_two_layers_does_not_copy_the_caches():
+    """What it allocates does not grow with the pages: told by the allocator, since a clock is no judge."""
+    kv_a, weight, cos, sin, slots, _ = append_inputs(2, 16, torch.float32)
+    slots[:] = torch.tensor([3, 20])
+    table, lengths = torch.tensor([[0], [1]], dtype=torch.int32), torch.tensor([4, 5], dtype=torch.int32)
+
+    def step(kv_a, q, caches):
+        for cache in caches:
+            ops.latent_append(kv_a, weight, cos, sin, slots, cache, 1e-6, q[..., 512:])
+            q_nope, q_pe = q[:, None, :, :512], q[:, None, :, 512:]
+            out, _ = ops.mla_decode(q_nope, q_pe, cache[..., :512], cache[..., 512:], *given)
+            kv_a = kv_a + out.mean()
+        return kv_a
+
+    given = (table, lengths, 0.1)
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True)
+    allocated = []
+    for pages in (4, 4000):  # a cache of 4000 pages is 147 MB
+        caches = [torch.zeros(pages, 16, 576) for _ in range(2)]
+        q = torch.randn(2, 3, 576)
+        call = lambda: compiled(kv_a, q, caches)  # noqa: B023, E731
+        call()
+        with torch.profiler.profile(profile_memory=True) as profile:
+            call()
+        allocated.append(sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages()))
+        assert all(int(cache.view(-1, 576).any(-1).sum()) == 2 for cache in caches), "the caller's caches"
+    assert 0 < allocated[1] < 2 * allocated[0] + (1 << 20), allocated

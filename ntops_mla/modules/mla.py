@@ -242,7 +242,13 @@ class MLA(nn.Module):
             self.cfg.softmax_scale,
         )
         # [H, B * s_q, C] x [H, C, Dv]
-        return torch.bmm(out.flatten(0, 1).transpose(0, 1), w_uv).transpose(0, 1)
+        values = out.flatten(0, 1).transpose(0, 1)
+        if values.device.type == "cpu" or torch.compiler.is_compiling():
+            return torch.bmm(values, w_uv).transpose(0, 1)
+        # Written as o_proj reads it, which saves a copy. On a CPU it does not: bmm itself would make one.
+        out = torch.empty(len(q_nope), *w_uv.shape[::2], dtype=q_nope.dtype, device=q_nope.device)
+        torch.bmm(values, w_uv, out=out.transpose(0, 1))
+        return out
 
     def _expanded(self, q: torch.Tensor, step: Step, plan: Plan, out: torch.Tensor) -> None:
         """q `[Te, H, Dqk]`, rotated -> `out` `[Te, H, Dv]`, chunk by chunk; pieces of a request are merged by lse."""

@@ -39,6 +39,15 @@ class MusaTensor(torch.Tensor):
     def __repr__(self):
         return f"MusaTensor({self.host})"
 
+    @property
+    def data(self):
+        return torch.Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, value):
+        torch.Tensor.data.__set__(self, value)
+        self.host = value.host
+
     def data_ptr(self):
         return self.host.data_ptr()
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import vendor_board
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention_test
 import ntops_mla
@@ -145,6 +146,40 @@ def test_mla_over_two_steps(device, tried):
         mine = torch.cat([first[rows], then[request : request + 1]])
         scale = out.abs().max()
         assert ((mine.cpu().double() - out).abs().max() / scale) < 0.03
+
+
+class Launched(TorchDispatchMode):
+    """What PyTorch launches a kernel for: no views, no allocation, and of our ops what they launch themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace != "ntops_mla" and not function.is_view and "empty" not in function.__name__:
+            self.names.append(function.__name__.partition(".")[0])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(SHOW.device_type != "musa", reason="PyTorch's own launches are those of a CPU there")
+@pytest.mark.parametrize("q_lora_rank", [None, 64])
+def test_a_decode_step_launches_few_kernels(device, launches, q_lora_rank):
+    """No copy, no concatenation, nothing that waits for the device; the step's plan is made once for all layers."""
+    cfg = dataclasses.replace(CFG, q_lora_rank=q_lora_rank)
+    mla = ntops_mla.MLA(cfg, device=device, dtype=torch.bfloat16).requires_grad_(False)
+    cache = ntops_mla.LatentCache(cfg, num_pages=8, page_size=16, device=device, dtype=torch.bfloat16)
+    for _ in range(2):  # the first step makes the absorbed weights
+        step, x = cache.step([5, 6], [1, 1]), torch.randn(2, cfg.hidden_size, dtype=torch.bfloat16).to(device)
+        launches.clear()
+        with Launched() as launched, torch.no_grad():
+            mla(x, step)
+    own = [launch["kernel"] for launch in launches]
+    assert own == ["rms_norm"] * (q_lora_rank is not None) + ["latent_append_rope", "mla_decode"], (
+        "one split: no combine"
+    )
+    # q and kv_a in one product; (q_b;) absorb; value up-projection; o_proj
+    projections = ["mm"] * (1 if q_lora_rank is None else 2)
+    assert launched.names == [*projections, "bmm", "bmm", "mm"]
 
 
 def test_flash_mlas_functions(device, tried):
