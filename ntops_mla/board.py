@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import pathlib
 import re
+import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,7 +36,8 @@ class Board:
 
     `options`: those of the platform's launch options that are passed, because this Triton knows them. `device` and
     `triton_version`: the board's name and its Triton's version as they are, for what was found on exactly them.
-    `tiles`: those timed on this device (tile_table.py), which come before the platform's.
+    `tiles`: those timed on this device (tile_table.py), which come before the platform's. `asked`: Triton was imported,
+    and says that it is one for this board.
     """
 
     platform: Platform
@@ -45,6 +49,7 @@ class Board:
     device: str | None = None
     triton_version: str | None = None
     tiles: tuple[Tile, ...] = ()
+    asked: bool = True
 
     def tile(self, kernel: str, dtype: torch.dtype, **sizes: int) -> Tile | None:
         """The tile to make `kernel` with, None where there is none that fits."""
@@ -78,6 +83,33 @@ def board_of(detection: Detection) -> Board:
         limits = detection.platform.limits
         return Board(detection.platform, limits[0] if len(limits) == 1 else None)
     return _board(detection.platform, detection.device)
+
+
+def glance(detection: Detection) -> Board:
+    """The board as far as it can be told without importing Triton, which takes a quarter of a second."""
+    device, platform = detection.device, detection.platform
+    known = device is None or device.type in ("cpu", "meta") or "triton" in sys.modules or interpreter.enabled()
+    version = None if known else _installed_triton()
+    if version is None:
+        return board_of(detection)
+    info = probe(device)
+    limits = platform.limits_for(info.capability)
+    if limits is None:
+        return board_of(detection)
+    triton, processors = version_pair(version), info.processors or _PROCESSORS
+    problem = too_old(platform, limits, triton)
+    return Board(platform, limits, triton, processors, problem, (), info.name, version, asked=False)
+
+
+def _installed_triton() -> str | None:
+    """The version that Triton's own file states: vendors' distributions have other names."""
+    try:
+        spec = importlib.util.find_spec("triton")
+        text = pathlib.Path(spec.origin).read_text(encoding="utf-8")
+        version = re.search(r"""^__version__ = ["'](\d+\.\d+\.[^"']+)""", text, re.MULTILINE)
+    except (AttributeError, ImportError, OSError, TypeError, ValueError):
+        return None
+    return version and version[1]
 
 
 @functools.lru_cache(maxsize=64)

@@ -198,7 +198,13 @@ def explain(op: OpSpec, device: torch.device, args: tuple, platform: Platform | 
     if platform is not None:
         # No device: this torch may not know the platform's device type.
         return _choose(op, platforms.Detection(platform, None, "pretended"), dtypes, sizes, settings())[0]
-    return _choose(op, _detect(device, settings()), dtypes, sizes, settings())[0]
+    detection = _detect(device, settings())
+    choice = _choose(op, detection, dtypes, sizes, settings(), boards.glance)[0]
+    if choice.backend == "kernel" and op.tiles is not None and not (board := boards.glance(detection)).asked:
+        choice = choice._replace(
+            reason=f"{choice.reason}; Triton {board.triton_version} is not imported yet, and was not asked"
+        )
+    return choice
 
 
 def _detect(device: torch.device, now: Settings) -> platforms.Detection:
@@ -208,13 +214,21 @@ def _detect(device: torch.device, now: Settings) -> platforms.Detection:
 
 
 def _choose(
-    op: OpSpec, detection: platforms.Detection, dtypes: tuple, sizes: tuple, now: Settings
+    op: OpSpec,
+    detection: platforms.Detection,
+    dtypes: tuple,
+    sizes: tuple,
+    now: Settings,
+    look: Callable[[platforms.Detection], Board] | None = None,
 ) -> tuple[Choice, str | None]:
-    """The choice and its gate's mode. An explicit "kernel" that cannot be honoured raises with all the reasons."""
+    """The choice and its gate's mode; `look` in place of `board_of`.
+
+    An explicit "kernel" that cannot be honoured raises with all the reasons.
+    """
     name = "unknown" if detection.platform is None else detection.platform.name
     if now.backend == "reference":
         return Choice(op.name, name, "reference", "asked for: backend 'reference'"), "reference"
-    reasons, mode = _objections(op, detection, dtypes, sizes, now.findings)
+    reasons, mode = _objections(op, detection, dtypes, sizes, now.findings, look or boards.board_of)
     if not reasons:
         reason = "the platform's kernel" if mode == "native" else "the platform's kernel, inputs cast to float32"
         if detection.device is not None and interpreter.enabled():
@@ -231,7 +245,12 @@ def _choose(
 
 
 def _objections(
-    op: OpSpec, detection: platforms.Detection, dtypes: tuple, sizes: tuple, findings: Findings | None
+    op: OpSpec,
+    detection: platforms.Detection,
+    dtypes: tuple,
+    sizes: tuple,
+    findings: Findings | None,
+    look: Callable[[platforms.Detection], Board],
 ) -> tuple[list[str], str | None]:
     """Every reason against the kernel, in the order of the rules, and the mode of the strictest gate met."""
     platform, device = detection.platform, detection.device
@@ -256,7 +275,7 @@ def _objections(
     if unsupported is not None:
         reasons.append(unsupported)
     if op.tiles is not None and not reasons:  # looking at the board imports Triton: not where nothing comes of it
-        reasons += _limits(op, boards.board_of(detection), _computed(dtypes, mode), sizes, findings)
+        reasons += _limits(op, look(detection), _computed(dtypes, mode), sizes, findings)
     failure = _failures.get(_failure_key(op, detection, dtypes, sizes))
     if failure is not None:
         reasons.append(f"the kernel failed here before: {failure}")

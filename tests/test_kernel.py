@@ -131,3 +131,19 @@ for name, direct in (("nvidia", True), ("moore", False), ("metax", False), ("ilu
     board = Board(get_platform(name))
     assert board.make("rms_norm", board.tile("rms_norm", torch.float32, width=512), width=512)._direct is direct, name
 """)
+
+
+def test_options_and_variables_reach_the_compiler_of_a_direct_launch():
+    run("""
+import os
+variables = (("NTOPS_X", "1", ()), ("NTOPS_Y", "1", ("bfloat16",)))
+own = kernel.make("rms_norm", 4, 1, (("maxnreg", 64),), variables, True, width=512)
+seen, stock = [], own.function.warmup
+def warmup(*args, **keywords):
+    seen.append((keywords["maxnreg"], os.environ.get("NTOPS_X"), os.environ.get("NTOPS_Y")))
+    return stock(*args, **keywords)
+own.function.warmup = warmup
+own(*arguments())
+assert seen == [(64, "1", None)], seen
+assert "NTOPS_X" not in os.environ
+""")

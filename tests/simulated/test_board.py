@@ -223,6 +223,27 @@ def test_ops_called_through_ntops(device, tried, monkeypatch):
         assert torch.equal(mine.cpu(), theirs.cpu())
 
 
+def test_a_first_explain_imports_no_triton():
+    """And says that it has not asked it. 5 ms are allowed; what is looked at is not timed here."""
+    code = """
+import sys
+import ntops_mla
+from ntops_mla import ops
+from ntops_mla.platform import best_device
+device = best_device().device
+args = ops.get("rms_norm").example(device)
+choice = ops.rms_norm.explain(*args)
+assert "triton" not in sys.modules
+assert choice.backend == "kernel", choice
+assert choice.reason.startswith("the platform's kernel; Triton ") and choice.reason.endswith(" was not asked"), choice
+ops.rms_norm(*args)
+choice = ops.rms_norm.explain(*args)
+assert choice.reason == "the platform's kernel", choice
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("command", ["env", "platforms", "explain"])
 def test_commands_speak_of_the_board(command):
     done = subprocess.run(
