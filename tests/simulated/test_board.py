@@ -17,7 +17,7 @@ import attention_test
 import ntops_mla
 from conftest import SHOW, example
 from ntops_mla import board as boards
-from ntops_mla import dispatch, doctor, flash_mla, ops
+from ntops_mla import devices, dispatch, doctor, flash_mla, ops
 from ntops_mla.interpreter import enabled
 from ntops_mla.platform import best_device, detect, device_module, synchronize
 from ntops_mla.testing import DECODE_OUT, Float64MLA, assert_close
@@ -51,6 +51,28 @@ def test_tensors_and_the_cache_lie_on_the_board(device):
     if SHOW.device_type == "musa":
         assert device_module(device).is_current_stream_capturing() is False
     synchronize(device)
+
+
+def test_streams_and_graphs_are_asked_of_the_boards_own_module(device, monkeypatch):
+    module, asked = getattr(torch, SHOW.device_type), []
+    assert SHOW.device_type in (devices.graph_problem(device) or SHOW.device_type)
+    for name in (f"{SHOW.device_type.upper()}Graph", "graph"):
+        monkeypatch.setattr(module, name, None, raising=False)
+    assert devices.graph_problem(device) is None
+    stream = SimpleNamespace(wait_stream=asked.append)
+    monkeypatch.setattr(module, "Stream", lambda: stream, raising=False)
+    monkeypatch.setattr(module, "current_stream", lambda: "the current one", raising=False)
+    monkeypatch.setattr(module, "stream", asked.append, raising=False)
+    devices.side_stream(device)
+    assert asked == ["the current one", stream]
+
+
+def test_triton_tells_target_and_limits():
+    from triton.runtime import driver
+
+    target = driver.active.get_current_target()
+    assert (target.backend, target.arch, target.warp_size) == SHOW.target
+    assert driver.active.utils.get_device_properties(0)["max_shared_mem"] == SHOW.shared_memory
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
