@@ -63,7 +63,7 @@ def run_tests(path: pathlib.Path) -> dict[str, int]:
     environment["PYTHONPATH"] = str(ROOT)
     print(f"  interpreting {path.name}", end=" ", flush=True)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(path)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -72,6 +72,10 @@ def run_tests(path: pathlib.Path) -> dict[str, int]:
     )
     last = done.stdout.strip().splitlines()[-1:] or [done.stderr.strip()[-200:]]
     print(last[0], flush=True)
+    if done.returncode:  # what names a failure, and the seed that repeats it
+        for line in done.stdout.splitlines():
+            if line.startswith(("NTOPS_MLA_TEST_SEED", "FAILED", "ERROR", "E  ")):
+                print(f"    {line}", flush=True)
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error|skipped)", last[0])}
     failed = counts.get("failed", 0) + counts.get("error", 0)
     if done.returncode not in (0, 1) and not failed:
