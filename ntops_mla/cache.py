@@ -413,8 +413,8 @@ class Step:
             plan = self._plans[form] = make_plan(self, form)
         return plan
 
-    def check(self, layer: int) -> None:
-        """Raise ValueError unless `layer` may use this step now."""
+    def check(self, layer: int, module: torch.nn.Module | None = None) -> None:
+        """Raise ValueError unless `layer` may use this step now; `module` is the one that asks."""
         if self._reservation.stale is not None:
             raise ValueError(f"step is stale: {self._reservation.stale}")
         if not 0 <= layer < self.cache.num_layers:

@@ -25,7 +25,8 @@ class DecodeGraph:
 
     A batch is padded to the next of `sizes` (powers of two, and max_requests), a block table to a power of two of
     columns; each such pair is captured when it is first met, after one run that writes nothing. Padded rows have no
-    slot and no keys. The result is bitwise what a step of the padded batch gives without a graph.
+    slot and no keys. The result is bitwise what a step of the padded batch gives without a graph. Where weights have
+    changed, captures are made anew.
 
     `reason`: why steps run one launch at a time, in words: a device without graphs, or an op that runs PyTorch, which
     reads lengths on the host; None where they are replayed. Raises ValueError or TypeError that names the argument.
@@ -64,6 +65,9 @@ class DecodeGraph:
             hidden_states.dtype,
         )
         buffers = self._captured.get(key)
+        if buffers is not None and buffers.weights != buffers.step.weights():
+            self._captured.clear()  # a graph reads the old ones' memory, which may be another tensor's by now
+            buffers = None
         if buffers is None:
             buffers = self._capture(*key)
             if buffers is None:
@@ -100,7 +104,8 @@ class DecodeGraph:
 
     def _capture(self, size: int, pages: int, hidden: int, dtype: torch.dtype) -> _Buffers | None:
         """Buffers with their graph; None, and the reason kept, where an op runs PyTorch."""
-        buffers = _Buffers(self.cache, size, pages, hidden, dtype)
+        with torch.inference_mode(False):  # inference tensors could not be filled outside inference mode
+            buffers = _Buffers(self.cache, size, pages, hidden, dtype)
         # What compiles, and the first choice of an op, are no part of a graph. Nothing is written: no row has a slot.
         with devices.side_stream(self.cache.device), dispatch.record() as ran:
             for _ in range(2):
@@ -111,7 +116,7 @@ class DecodeGraph:
             self.reason = f"PyTorch's form of an op reads lengths on the host: {fallback}"
             return None
         buffers.graph = devices.capture(self.cache.device, lambda: buffers.run(self.layers), self._pool)
-        self._pool = buffers.graph.pool
+        self._pool, buffers.weights = buffers.graph.pool, buffers.step.weights()
         return buffers
 
 
@@ -122,9 +127,11 @@ class _Buffers:
         self.hidden_states = torch.zeros(size, hidden, dtype=dtype, device=cache.device)
         self.step = _StillStep(cache, size, pages)
         self.graph: devices.Captured | None = None
+        self.weights: tuple = ()
 
     def run(self, layers: Callable[[torch.Tensor, Step], torch.Tensor]) -> torch.Tensor:
         self.step.ran.clear()
+        self.step.modules.clear()
         return layers(self.hidden_states, self.step)
 
     def fill(self, hidden_states: torch.Tensor, step: Step) -> None:
@@ -157,6 +164,7 @@ class _StillStep(Step):
         half = cache.cfg.qk_rope_head_dim // 2
         self.cos, self.sin = (torch.zeros(size, half, dtype=torch.float32, **made) for _ in range(2))
         self.ran: list[int] = []
+        self.modules: list[MLA] = []
         self._reservation = None
 
     def plan(self, form: str | None = None) -> Plan:
@@ -165,11 +173,17 @@ class _StillStep(Step):
         tokens = slice(0, self.num_tokens)
         return Plan((AbsorbedGroup(1, tokens, self.block_table, self.seq_lens),), None, ())
 
-    def check(self, layer: int) -> None:
+    def weights(self) -> tuple:
+        """What tells whether the layers' weights are those that were captured."""
+        return tuple(module.weights_mark() for module in self.modules)
+
+    def check(self, layer: int, module: MLA | None = None) -> None:
         if not 0 <= layer < self.cache.num_layers:
             raise ValueError(f"layer_idx {layer} is not in the cache, which has num_layers {self.cache.num_layers}")
         if layer in self.ran:
             raise ValueError(f"step was already used by layer {layer}")
+        if module is not None:
+            self.modules.append(module)
 
     def commit(self, layer: int) -> None:
         self.ran.append(layer)

@@ -10,11 +10,12 @@ Detection(platform=cpu, device=cpu, reason='a cpu device')
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -311,10 +312,11 @@ def capture(device: torch.device | str, function: Callable[[], object], pool: ob
     """Capture the work that `function` launches; what compiles, and the first choice of an op, must be behind it."""
     device = _as_device(device)
     module = device_module(device)
-    graph = getattr(module, _graph_class(device))()
-    with module.graph(graph, pool=pool):
-        result = function()
-    return Captured(graph.replay, result, graph.pool())
+    with module.device(device):  # the streams and the graph are those of the current device
+        graph = getattr(module, _graph_class(device))()
+        with module.graph(graph, pool=pool):
+            result = function()
+        return Captured(graph.replay, result, graph.pool())
 
 
 @dataclass(frozen=True)
@@ -326,12 +328,16 @@ class Captured:
     pool: object
 
 
-def side_stream(device: torch.device | str) -> object:
-    """A `with` block whose work goes to a stream of its own, behind what was launched before."""
+@contextlib.contextmanager
+def side_stream(device: torch.device | str) -> Iterator[None]:
+    """Work inside goes to a stream of its own, behind what was launched before."""
+    device = _as_device(device)
     module = device_module(device)
-    stream = module.Stream()
-    stream.wait_stream(module.current_stream())
-    return module.stream(stream)
+    with module.device(device):
+        stream = module.Stream()
+        stream.wait_stream(module.current_stream())
+        with module.stream(stream):
+            yield
 
 
 def _graph_class(device: torch.device) -> str:

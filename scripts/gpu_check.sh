@@ -39,7 +39,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 # Some vendors' images set it, and PyTorch's float32 products are then none.
 unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE
 # Only what is asked for below may decide what runs.
-unset NTOPS_MLA_BACKEND NTOPS_MLA_PLATFORM NTOPS_MLA_STRICT
+unset NTOPS_MLA_BACKEND NTOPS_MLA_PLATFORM NTOPS_MLA_STRICT NTOPS_MLA_TILES
 rehearsal=0
 [ "${NTOPS_MLA_INTERPRET:-0}" != 1 ] || rehearsal=1
 

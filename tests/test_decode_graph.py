@@ -30,7 +30,8 @@ class Replayed:
 
         def replay():
             self.replays += 1
-            result.copy_(function())
+            with torch.inference_mode(result.is_inference()):  # a device's graph does not know of it
+                result.copy_(function())
 
         return devices.Captured(replay, result, "the pool")
 
@@ -167,6 +168,41 @@ def test_a_graph_for_each_size_and_width(graphs):
     for requests, captures in (([0], 1), ([1], 1), ([0, 1], 2), ([0, 1, 2], 3), ([0], 4), ([0], 4)):
         graph(torch.randn(len(requests), CFG.hidden_size), cache.step(requests, [1] * len(requests)))
         assert graphs.captures == captures, "request 0 has two pages at last"
+
+
+@pytest.mark.parametrize("change", ["load", "in place", "moved", "said"])
+def test_changed_weights_are_captured_anew(graphs, change):
+    mla, cache = layer(), cache_of()
+    start(cache, [mla], [5, 5])
+    graph, x = DecodeGraph(mla, cache, 2), torch.randn(2, CFG.hidden_size)
+    graph(x, cache.step([0, 1], [1, 1]))
+    graph(x, cache.step([0, 1], [1, 1]))
+    assert graphs.captures == 1
+    if change == "load":
+        mla.load_state_dict(layer().state_dict())
+    elif change == "in place":
+        mla.kv_b_proj.weight.mul_(2)
+    elif change == "moved":
+        mla.o_proj.weight.data = mla.o_proj.weight.data.clone()
+    else:
+        mla.weights_changed()
+    for request in (0, 1):
+        cache.truncate(request, 6)
+    out = graph(x, cache.step([0, 1], [1, 1]))
+    assert graphs.captures == 2
+    for request in (0, 1):
+        cache.truncate(request, 6)
+    torch.testing.assert_close(out, mla(x, cache.step([0, 1], [1, 1])))
+
+
+def test_captured_under_inference_mode_and_used_outside(graphs):
+    mla, cache = layer(), cache_of()
+    start(cache, [mla], [5])
+    graph = DecodeGraph(mla, cache, 1)
+    with torch.inference_mode():
+        graph(torch.randn(1, CFG.hidden_size), cache.step([0], [1]))
+    graph(torch.randn(1, CFG.hidden_size), cache.step([0], [1]))
+    assert cache.length(0) == 7 and graphs.captures == 1
 
 
 def test_a_stale_step_changes_nothing(graphs):

@@ -231,6 +231,10 @@ KERNELS = {
     "rms_norm": [{"width": 1536}, {"width": 512}],
     "rope": [{"block_h": 8}, {"block_h": 16, "width": 32}],
     "latent_append": [{"page_size": 64}, {"page_size": 16, "latent": 256, "rope": 32}],
+    "latent_append_rope": [
+        {"page_size": 64, "block_h": 16},
+        {"page_size": 16, "block_h": 8, "latent": 256, "rope": 32},
+    ],
     "mla_decode": [
         {"page_size": 64, "block_h": 64, "block_n": 64, "block_c": 256},
         {"page_size": 16, "block_h": 16, "block_n": 16, "block_c": 256, "latent": 256, "rope": 32},
@@ -249,6 +253,7 @@ LARGE = {
     "rms_norm": {"input", "out"},
     "rope": {"q_pe", "out"},
     "latent_append": {"kv_cache", "pe_cache"},
+    "latent_append_rope": {"kv_cache", "pe_cache", "q_pe", "q_out"},
     "mla_decode": {"q_nope", "q_pe", "kv_cache", "pe_cache", "out"},
     "mla_combine": {"part", "out"},
     "mla_prefill": {"q_lo", "q_hi", "k_lo", "k_hi", "v", "out"},

@@ -75,6 +75,7 @@ class MLA(nn.Module):
         # (key, W_UK, W_UV): contiguous copies of kv_b_proj's halves, made when first needed and when the weight has
         # changed.
         self._absorption: tuple | None = None
+        self._absorptions_made = 0
         if not cfg.rope_interleave:
             self._register_state_dict_hook(_to_checkpoint_order)
         self._join_projections()
@@ -190,7 +191,7 @@ class MLA(nn.Module):
                 ours, theirs = getattr(cfg, name), getattr(cache.cfg, name)
                 if ours != theirs:
                     raise ValueError(f"step's cache was made for {name} {theirs}, the module has {ours}")
-        step.check(self.layer_idx)
+        step.check(self.layer_idx, self)
 
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries `[T, H, Dqk]`, not yet rotated, and raw kv_a `[T, C + R]`."""
@@ -287,15 +288,21 @@ class MLA(nn.Module):
         """Drop what is derived from the weights: call it after a write that torch does not count (see the class)."""
         self._absorption = None
 
+    def weights_mark(self) -> tuple:
+        """Equal as long as work that was captured as a graph reads the weights, and the copies of them, that are."""
+        derived = self._absorptions_made, self._absorption is None
+        return *derived, *((p.data_ptr(), _version(p)) for p in self.parameters())
+
     def _absorption_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """W_UK `[H, Dnope, C]` and W_UV `[H, C, Dv]`, contiguous: on views of kv_b_proj bmm is up to 9 times slower."""
         weight = self.kv_b_proj.weight
         # The parameter itself too: an allocator gives the address of a weight that is gone to the next one.
-        key = (weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.device, weight.dtype)
+        key = (weight.data_ptr(), _version(weight), weight.device, weight.dtype)
         if self._absorption is None or self._absorption[0]() is not weight or self._absorption[1] != key:
             cfg = self.cfg
             per_head = weight.detach().view(cfg.num_heads, cfg.qk_nope_head_dim + cfg.v_head_dim, cfg.kv_lora_rank)
             w_uk, w_uv = per_head.split([cfg.qk_nope_head_dim, cfg.v_head_dim], 1)
+            self._absorptions_made += 1
             self._absorption = (weakref.ref(weight), key, w_uk.contiguous(), w_uv.transpose(1, 2).contiguous())
         return self._absorption[2:]
 
@@ -353,6 +360,11 @@ def _own_parameters(attention: nn.Module, mla: MLA) -> dict[str, nn.Parameter]:
                 f"{_list(map(str, DTYPES))}, got {list(value.shape)} of {value.dtype}"
             )
     return theirs
+
+
+def _version(weight: torch.Tensor) -> int:
+    """Changes in place that torch has counted; it counts none of an inference tensor."""
+    return 0 if weight.is_inference() else weight._version
 
 
 def _list(names) -> str:

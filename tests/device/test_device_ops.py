@@ -188,6 +188,35 @@ def test_append_is_within_2_ulp_of_the_separate_kernels(device, latent, rope, dt
     assert units(rows[:, latent:], turned, larger) <= 2
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("latent, rope", SIZES, ids=str)
+@pytest.mark.parametrize("heads", pick([1, 3, 16, 63, 128], [3, 20]))
+def test_append_with_queries_is_within_2_ulp_of_both_apart(device, heads, latent, rope, dtype):
+    """Rotated where they are, beside columns that stay; twice the same bits."""
+    tokens = pick(300, 5)
+    args = append_inputs(tokens, 64, dtype, latent, rope, tokens // 64 + 3)
+    q = torch.randn(tokens, heads, 3 * rope).to(dtype)
+    apart = on(device, args)
+    run(ops.latent_append, *apart, 1e-6)
+    turned = run(ops.rope, on(device, [q])[0][..., rope : 2 * rope], apart[2], apart[3]).cpu()
+    seen = []
+    for _ in range(2):
+        given, (mine,) = on(device, args), on(device, [q])
+        run(ops.latent_append, *given, 1e-6, mine[..., rope : 2 * rope])
+        seen.append((given[5].cpu(), mine.cpu()))
+    torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=0, equal_nan=True)
+    cache, mine = seen[0]
+    expected = apart[5].cpu()
+    assert torch.equal(cache.isnan(), expected.isnan())
+    cache, expected = cache.nan_to_num(0), expected.nan_to_num(0)
+    assert units(cache[..., :latent], expected[..., :latent], expected[..., :latent].abs()) <= 2
+    larger = expected[..., latent:].abs().unflatten(-1, (-1, 2)).amax(-1, keepdim=True).expand(-1, -1, -1, 2).flatten(2)
+    assert units(cache[..., latent:], expected[..., latent:], larger) <= 2
+    larger = turned.abs().unflatten(-1, (-1, 2)).amax(-1, keepdim=True).expand(-1, -1, -1, 2).flatten(2)
+    assert units(mine[..., rope : 2 * rope], turned, larger) <= 2
+    assert torch.equal(mine[..., :rope], q[..., :rope]) and torch.equal(mine[..., 2 * rope :], q[..., 2 * rope :])
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=name_of)
 def test_the_unit_in_the_last_place(dtype):
     """Of the measure above: neighbours are one apart, whatever their size."""

@@ -41,7 +41,11 @@ def draw_call(name, draw):
         sizes = draw.choice([(512, 64), (256, 32)])
         args = append_inputs(tokens, page, dtype, *sizes, -(-tokens // page) + 2, strided)
         args[4][torch.rand(tokens) < draw.choice([0, 0.2])] = -1
-        return f"{tokens} tokens, pages of {page}, {sizes}", [*args, 1e-6]
+        heads, rope = draw.choice([None, *HEADS]), sizes[1]
+        q_pe = None if heads is None else torch.randn(tokens, heads, 3 * rope).to(dtype)[..., rope : 2 * rope]
+        if heads is not None and not strided:
+            q_pe = q_pe.contiguous()
+        return f"{tokens} tokens, pages of {page}, {sizes}, {heads} query heads", [*args, 1e-6, q_pe]
     if name == "mla_decode":
         lengths = [a_length(draw) for _ in range(draw.randint(1, pick(12, 4)))]
         sizes = dict(heads=draw.choice(HEADS), s_q=draw.choice([1, 1, 2, 3, 4]))

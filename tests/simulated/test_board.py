@@ -1,5 +1,6 @@
 """What a vendor's board gets: its device, gates, limits, tiles and launch options, and kernels that compute there."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -62,9 +63,11 @@ def test_streams_and_graphs_are_asked_of_the_boards_own_module(device, monkeypat
     stream = SimpleNamespace(wait_stream=asked.append)
     monkeypatch.setattr(module, "Stream", lambda: stream, raising=False)
     monkeypatch.setattr(module, "current_stream", lambda: "the current one", raising=False)
-    monkeypatch.setattr(module, "stream", asked.append, raising=False)
-    devices.side_stream(device)
-    assert asked == ["the current one", stream]
+    monkeypatch.setattr(module, "stream", lambda one: asked.append(one) or contextlib.nullcontext(), raising=False)
+    monkeypatch.setattr(module, "device", lambda one: asked.append(one) or contextlib.nullcontext(), raising=False)
+    with devices.side_stream(device):
+        pass
+    assert asked == [device, "the current one", stream]
 
 
 def test_triton_tells_target_and_limits():
