@@ -5,6 +5,7 @@ A vendor's compiler may end the process, or never return: then the process that 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib
 import inspect
@@ -169,6 +170,8 @@ def add(device: torch.device) -> dict[str, Any]:
 def examine(op_name: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Whether the kernel of an op computes what PyTorch does on the CPU, in a dtype, in every small call."""
     op, products = ops.get(op_name), []
+    with contextlib.suppress(Exception):  # `explain` asks a Triton that is imported; why it cannot be, it says itself
+        importlib.import_module("triton")
     for said, on_cpu in small_calls(op_name, dtype):
         args = moved(on_cpu, device)
         print(f"{op_name} {said}", file=sys.stderr, flush=True)  # the last words, where the process ends here

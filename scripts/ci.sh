@@ -86,7 +86,10 @@ pytest_here() {
 }
 
 device_tests() {
-    NTOPS_MLA_STRICT=1 pytest_here -m device tests/device
+    set -- tests/device
+    # A fake board computes in Triton's interpreter, and its doctor has tried one dtype.
+    [ -z "${NTOPS_MLA_TEST_BOARD:-}" ] || set -- tests/device/test_device_smoke.py -k bfloat16
+    NTOPS_MLA_STRICT=1 pytest_here -m device "$@"
 }
 
 style() {

@@ -303,7 +303,7 @@ def test_collect_needs_a_folder(capsys, tmp_path):
 
 def ci(tmp_path, platform, **environment):
     return subprocess.run(
-        ["bash", str(ROOT / "scripts" / "ci.sh"), platform, "--no-tests", "--output", str(tmp_path)],
+        ["bash", str(ROOT / "scripts" / "ci.sh"), platform, "--output", str(tmp_path)],
         env={**os.environ, "NTOPS_MLA_DIRECT_PYTHON": sys.executable, **environment},
         capture_output=True,
         text=True,
@@ -330,6 +330,7 @@ def test_a_vendors_lane_on_its_fake_board(vendor, tmp_path):
     found = json.loads(path.read_text())
     assert found["platform"] == vendor and found["board"] and found["simulated"] is True
     assert not any(found["steps"].values()) and found["attention"]["passed"]
+    assert found["tests"]["tests"] > found["tests"]["skipped"] and not found["tests"]["failures"]
     assert any(row["works"] for row in found["kernels"]) and not any(row["works"] is False for row in found["kernels"])
     with pytest.raises(ValueError, match="simulated"):
         evidence.read(path)

@@ -128,6 +128,7 @@ def queries() -> dict[str, Callable]:
         "get_device_capability": lambda device=None: show.capability,
         "get_device_properties": lambda device=None: properties,
         "synchronize": lambda device=None: None,
+        "set_device": lambda device: None,
     }
 
 
