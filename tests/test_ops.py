@@ -26,9 +26,9 @@ NAMES = ops.names()
 # An element-wise op computes in float32 and rounds once: half a unit in the last place (2^-8 of the value in bfloat16,
 # 2^-11 in float16) and a little float32 noise, which decides about ties and, by cancellation, about small values.
 ROUNDED = {
-    # abs: where a difference of products nears 0, half a unit of it and float32's noise add up
-    torch.bfloat16: Tolerance(2e-6, 1.01 * 2**-8),
-    torch.float16: Tolerance(2e-6, 1.01 * 2**-11),
+    # half a unit of the value, and float32's noise of a difference of products: they add up
+    torch.bfloat16: Tolerance(1e-6, 1.01 * 2**-8, both=True),
+    torch.float16: Tolerance(1e-6, 1.01 * 2**-11, both=True),
     torch.float32: Tolerance(1e-6, 1e-6),
     torch.float64: Tolerance(1e-12, 1e-12),
 }
