@@ -15,7 +15,7 @@ import torch
 
 from ntops_mla import interpreter, tile_table
 from ntops_mla.kernel import Kernel, make
-from ntops_mla.platform import Detection, LaunchOption, Limits, Platform, Tile, probe, version_pair
+from ntops_mla.platform import Detection, LaunchOption, Limits, Platform, Tile, dtype_name, probe, version_pair
 
 # What a kernel that is only asked for its form may assume, and what the interpreter pretends: few, so that it splits.
 _PROCESSORS = 4
@@ -53,7 +53,7 @@ class Board:
 
     def tile(self, kernel: str, dtype: torch.dtype, **sizes: int) -> Tile | None:
         """The tile to make `kernel` with, None where there is none that fits."""
-        arch, name = self.limits and self.limits.arch, str(dtype).removeprefix("torch.")
+        arch, name = self.limits and self.limits.arch, dtype_name(dtype)
         timed = (tile for tile in self.tiles if tile.kernel == kernel and tile.fits(arch, name, self.triton, sizes))
         return next(timed, None) or self.platform.tile(kernel, arch, dtype, self.triton, **sizes)
 
@@ -87,18 +87,15 @@ def board_of(detection: Detection) -> Board:
 
 def glance(detection: Detection) -> Board:
     """The board as far as it can be told without importing Triton, which takes a quarter of a second."""
-    device, platform = detection.device, detection.platform
+    device = detection.device
     known = device is None or device.type in ("cpu", "meta") or "triton" in sys.modules or interpreter.enabled()
-    version = None if known else _installed_triton()
-    if version is None:
-        return board_of(detection)
-    info = probe(device)
-    limits = platform.limits_for(info.capability)
-    if limits is None:
-        return board_of(detection)
-    triton, processors = version_pair(version), info.processors or _PROCESSORS
-    problem = too_old(platform, limits, triton)
-    return Board(platform, limits, triton, processors, problem, (), info.name, version, asked=False)
+    return (None if known else _unasked(detection.platform, device)) or board_of(detection)
+
+
+@functools.lru_cache(maxsize=64)
+def _unasked(platform: Platform, device: torch.device) -> Board | None:
+    version = _installed_triton()
+    return version and _described(platform, device, version, asked=False)
 
 
 def _installed_triton() -> str | None:
@@ -122,20 +119,26 @@ def _board(platform: Platform, device: torch.device) -> Board:
         if interpreted:
             interpreter.activate()
         version = importlib.import_module("triton").__version__
-        triton = version_pair(version)
+        version_pair(version)
     except Exception as error:  # a vendor's Triton may raise anything, for example where its MACA_PATH is unset
         return Board(platform, problem=f"Triton does not import: {type(error).__name__}: {first_line(error)}")
     if interpreted:  # what an old Triton cannot compile it can still interpret
         return Board(platform)
-    info = probe(device)
+    return _described(platform, device, version, asked=True)
+
+
+def _described(platform: Platform, device: torch.device, version: str, asked: bool) -> Board:
+    """The board with this version of Triton; only one that was imported can be asked for its target and options."""
+    info, triton = probe(device), version_pair(version)
     limits = platform.limits_for(info.capability)
     if limits is None:
-        return Board(platform, triton=triton, problem=f"no limits are known for capability {info.capability}")
-    problem = too_old(platform, limits, triton) or _stranger(limits)
-    options = () if problem else tuple(known_options(platform, triton))
+        problem = f"no limits are known for capability {info.capability}"
+        return Board(platform, triton=triton, problem=problem, asked=asked)
+    problem = too_old(platform, limits, triton) or (_stranger(limits) if asked else None)
+    options = tuple(known_options(platform, triton)) if asked and not problem else ()
     tiles = () if problem else tile_table.tiles_for(platform.name, info.name, version)
     processors = info.processors or _PROCESSORS
-    return Board(platform, limits, triton, processors, problem, options, info.name, version, tiles)
+    return Board(platform, limits, triton, processors, problem, options, info.name, version, tiles, asked)
 
 
 def known_options(platform: Platform, triton: tuple[int, int]) -> list[LaunchOption]:
@@ -186,4 +189,7 @@ def first_line(error: Exception) -> str:
     return lines[0][:300] if lines else "no message"
 
 
-forget = _board.cache_clear
+def forget() -> None:
+    """Look at every device anew."""
+    _board.cache_clear()
+    _unasked.cache_clear()

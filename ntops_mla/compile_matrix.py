@@ -18,7 +18,7 @@ from ntops_mla import kernel as kernels
 from ntops_mla import ops
 from ntops_mla.board import Board, first_line, too_old
 from ntops_mla.cross_compile import TARGETS, Compiled, Target, compile_for, least_products
-from ntops_mla.platform import Limits, Platform, all_platforms, version_pair
+from ntops_mla.platform import Limits, Platform, all_platforms, dtype_name, version_pair
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -111,7 +111,7 @@ def _compile(case: Case, triton_version: str, kernel: kernels.Kernel, args: tupl
         "target": str(case.target),
         "stand_in": case.stand_in,
         "triton": triton_version,
-        "dtype": str(case.dtype).removeprefix("torch."),
+        "dtype": dtype_name(case.dtype),
         "sizes": case.sizes,
         # a split's part is float32, a result has the inputs' dtype
         "causal": args[8] if kernel.name in ("mla_decode", "mla_prefill") else None,

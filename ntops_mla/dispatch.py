@@ -25,7 +25,7 @@ from ntops_mla import interpreter
 from ntops_mla import platform as platforms
 from ntops_mla.board import Board, Needed
 from ntops_mla.findings import Findings
-from ntops_mla.platform import Gate, Platform
+from ntops_mla.platform import Gate, Platform, dtype_name
 
 BACKENDS = ("auto", "kernel", "reference")
 
@@ -267,7 +267,7 @@ def _objections(
         gate = _gate(op, platform, dtype, interpreted, findings)
         modes[gate.mode] = gate
         if gate.mode == "reference":
-            reasons.append(f"gate of {platform.name} for {op.name} in {_name(dtype)}: {gate.reason}")
+            reasons.append(f"gate of {platform.name} for {op.name} in {dtype_name(dtype)}: {gate.reason}")
     mode = next(mode for mode in ("reference", "float32", "native") if mode in modes)
     if op.kernel is None:
         reasons.append(f"no compiled kernel of {op.name} in this version")
@@ -295,7 +295,7 @@ def _limits(op: OpSpec, board: Board, dtypes: tuple, sizes: tuple, findings: Fin
     reasons = []
     for kernel, tile, products in op.tiles(board, dtypes, sizes):
         if tile is None:
-            reasons.append(f"no tile of {kernel} for {', '.join(map(_name, dtypes))} and these sizes on {board}")
+            reasons.append(f"no tile of {kernel} for {', '.join(map(dtype_name, dtypes))} and these sizes on {board}")
             continue
         if board.limits is None:
             continue
@@ -437,7 +437,3 @@ def _is_device_error(error: Exception) -> bool:
     if _TRITON_DRIVER_ERROR.search(message):
         return not _LOAD_ERROR.search(message)
     return _DEVICE_ERROR.search(message) is not None
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -22,7 +22,7 @@ import torch
 from ntops_mla import child, dispatch, findings, interpreter, ops, testing
 from ntops_mla import platform as platforms
 from ntops_mla.board import Needed, board_of, first_line
-from ntops_mla.platform import Detection
+from ntops_mla.platform import Detection, dtype_name
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # More than a compiler needs for one kernel, on boards where that is a complaint (a minute and more)
@@ -97,7 +97,9 @@ def examine_all(
         "date": datetime.date.today().isoformat(),
         # Allows what is refused until somebody has tried: this is the trial
         "kernels": [
-            {"op": op, "dtype": _name(dtype), "works": True, "reason": ""} for op in ops.names() for dtype in DTYPES
+            {"op": op, "dtype": dtype_name(dtype), "works": True, "reason": ""}
+            for op in ops.names()
+            for dtype in DTYPES
         ],
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -107,14 +109,14 @@ def examine_all(
             for dtype in dtypes:
                 gate = detection.platform.gate(op, dtype, interpreter.enabled())
                 if gate.mode == "reference":
-                    yield {"op": op, "dtype": _name(dtype), "works": None, "reason": gate.reason, "seconds": 0.0}
+                    yield {"op": op, "dtype": dtype_name(dtype), "works": None, "reason": gate.reason, "seconds": 0.0}
                     continue
                 start = time.monotonic()
-                one = ["--child", op, "--dtype", _name(dtype), "--device", str(detection.device)]
+                one = ["--child", op, "--dtype", dtype_name(dtype), "--device", str(detection.device)]
                 answer = _child(one, path, timeout)
                 yield {
                     "op": op,
-                    "dtype": _name(dtype),
+                    "dtype": dtype_name(dtype),
                     "works": answer["works"],
                     "reason": answer["reason"],
                     "products": answer.get("products", []),
@@ -134,10 +136,6 @@ def report(board: dict[str, Any], kernels: list[dict[str, Any]]) -> dict[str, An
         "preflight": board,
         "kernels": kernels,
     }
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # In a process of its own

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from ntops_mla import checkout
+from ntops_mla.platform import dtype_name
 
 VARIABLE = "NTOPS_MLA_GATES"
 _TEXTS = ("platform", "device", "triton", "date")
@@ -63,8 +64,7 @@ class Findings:
         return found is not None and found.works is True and (found.products is None or products in found.products)
 
     def _of(self, platform: str, op: str, dtype: torch.dtype) -> Finding | None:
-        name = str(dtype).removeprefix("torch.")
-        return self.kernels.get((op, name)) if platform == self.platform else None
+        return self.kernels.get((op, dtype_name(dtype))) if platform == self.platform else None
 
 
 def from_environment() -> Findings | None:

@@ -24,7 +24,7 @@ import torch
 
 from ntops_mla import interpreter
 from ntops_mla.kernel_source import tidy
-from ntops_mla.platform import version_pair
+from ntops_mla.platform import dtype_name, version_pair
 
 # Launches kept per kernel: serving meets a few hundred (batch sizes, table widths); prefill never meets one again, and
 # must not grow without end. Beyond it the table starts anew.
@@ -125,7 +125,7 @@ class Kernel:
     def _variables(self, dtype: torch.dtype) -> contextlib.AbstractContextManager:
         if not self.environment:
             return _NOTHING
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         return _set({key: value for key, value, dtypes in self.environment if not dtypes or name in dtypes})
 
     def record(self, *args: Any) -> tuple[tuple[int, ...], tuple, dict[str, Any]]:

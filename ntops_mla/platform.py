@@ -78,6 +78,11 @@ def _within(versions: tuple[str | None, str | None], triton: tuple[int, int]) ->
     return (since is None or triton >= since) and (before is None or triton < before)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as platform files name it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class Fact:
     """A number or a text, and where it comes from: repository:path, an issue, a vendor's document, "derived: ...".
@@ -348,7 +353,7 @@ class Platform:
 
     def gate(self, op: str, dtype: torch.dtype, interpreted: bool = False) -> Gate:
         """The gate of `op` in `dtype`: the op's own row first, then the row "*", each by dtype, then by "*"."""
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         gates = self.interpreted_gates if interpreted and self.interpreted_gates is not None else self.gates
         for row in (gates.get(op, {}), gates.get("*", {})):
             for key in (name, "*"):
@@ -360,7 +365,7 @@ class Platform:
         self, kernel: str, arch: str | None, dtype: torch.dtype, triton: tuple[int, int] | None, **sizes: int
     ) -> Tile | None:
         """The first tile of `kernel` that fits; arch or triton None: any of them."""
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         return next((t for t in self.tiles if t.kernel == kernel and t.fits(arch, name, triton, sizes)), None)
 
     def limits_for(self, capability: tuple[int, int] | None) -> Limits | None:

@@ -11,7 +11,7 @@ import torch
 
 from ntops_mla import ops
 from ntops_mla.board import Board
-from ntops_mla.platform import Platform, all_platforms
+from ntops_mla.platform import Platform, all_platforms, dtype_name
 
 BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -80,7 +80,7 @@ def cell(
     gate = platform.gate(op, dtype)
     if gate.mode == "reference":
         return "PyTorch"
-    kind = str(dtype).removeprefix("torch.")
+    kind = dtype_name(dtype)
     said = []
     counts = [one["interpreted"].get(op, {"passed": 0, "failed": 1}) for one in found]
     if counts and all(one["passed"] and not one["failed"] for one in counts):

@@ -21,7 +21,7 @@ import torch
 from ntops_mla import checkout, child, dispatch, doctor, ops, tile_table
 from ntops_mla.board import Board
 from ntops_mla.findings import Findings
-from ntops_mla.platform import Tile
+from ntops_mla.platform import Tile, dtype_name
 from ntops_mla.tuning_trial import Case, Clock, Load, launches, timed_call, with_tile
 from ntops_mla.version import __version__
 
@@ -167,10 +167,6 @@ def _pointless(board: Board, case: Case, tile: Tile, shared_memory: int | None) 
     return None
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 # Trying and timing
 
 
@@ -296,7 +292,7 @@ def _row(result: Result, load: Load) -> dict[str, Any]:
     return {
         "kernel": case.kernel,
         **_timed(result.best),
-        "dtypes": [_name(case.dtype)],
+        "dtypes": [dtype_name(case.dtype)],
         "when": {name: list(ends) for name, ends in case.when.items()},
         "before": None if before is None else _timed(before),
         "load": {**case.call, **load._asdict()},

@@ -14,7 +14,7 @@ from ntops_mla import kernel as kernels
 from ntops_mla import platform as platforms
 from ntops_mla.board import Board, board_of, first_line
 from ntops_mla.kernel import Kernel
-from ntops_mla.platform import Tile
+from ntops_mla.platform import Tile, dtype_name
 
 # Written before each measurement, so that no candidate finds its inputs in a cache: larger than any board's L2, and
 # long enough that the launch is prepared meanwhile
@@ -55,7 +55,7 @@ class Case:
 
     def data(self) -> dict[str, Any]:
         """As plain data, for `from_data`."""
-        return {**vars(self), "dtype": str(self.dtype).removeprefix("torch.")}
+        return {**vars(self), "dtype": dtype_name(self.dtype)}
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Case:
@@ -108,8 +108,7 @@ def _is_input(value: Any) -> bool:
 
 def with_tile(board: Board, case: Case, tile: Tile) -> Board:
     """The board as it would be with a table of this one tile."""
-    dtype = str(case.dtype).removeprefix("torch.")
-    return replace(board, tiles=(replace(tile, dtypes=(dtype,), when=case.when),))
+    return replace(board, tiles=(replace(tile, dtypes=(dtype_name(case.dtype),), when=case.when),))
 
 
 def timed_call(case: Case, load: Load, device: torch.device) -> tuple[Any, ...]:

@@ -11,9 +11,9 @@ import dataclasses
 import json
 import math
 import os
+import pathlib
 import stat
 import sys
-import tempfile
 import types
 
 from attention_rows import interpreter
@@ -30,7 +30,7 @@ from attention_rows import measure, scenario
 from attention_rows.library_row import Library
 from attention_rows.torch_loop import TorchLoop
 from attention_rows.transformers_row import Transformers, unavailable
-from ntops_mla import checkpoint
+from ntops_mla import checkout, checkpoint
 from ntops_mla.interpreter import enabled as interpreting
 from ntops_mla.platform import DeviceNotFoundError, all_platforms, best_device, detect, find_device
 from ntops_mla.testing import Float64MLA
@@ -348,15 +348,7 @@ def write_json(file: str, args, name: str, mla, detection, results: list[dict]) 
         with open(file, "w", encoding="utf-8") as f:
             f.write(text)
         return
-    target = os.path.realpath(file)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=os.path.dirname(target), suffix=".tmp", delete=False, encoding="utf-8"
-    ) as f:
-        f.write(text)
-    umask = os.umask(0)  # there is no way to ask for it alone
-    os.umask(umask)
-    os.chmod(f.name, 0o666 & ~umask)  # as open() would have made it; a temporary file is for its owner alone
-    os.replace(f.name, target)
+    checkout.write({pathlib.Path(file).resolve(): text})
 
 
 def is_special(file: str) -> bool:

@@ -33,17 +33,8 @@ done
 [ -n "$name" ] || usage "a platform is needed"
 
 cd "$here/.."
-if [ -n "${NTOPS_MLA_DIRECT_PYTHON:-}" ]; then
-    python=$NTOPS_MLA_DIRECT_PYTHON
-else
-    bash scripts/bootstrap.sh
-    python=.venv/bin/python
-fi
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-# Some vendors' images set it, and PyTorch's float32 products are then none.
-unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE
-# Only what is asked for below may decide what runs.
-unset NTOPS_MLA_BACKEND NTOPS_MLA_PLATFORM NTOPS_MLA_STRICT NTOPS_MLA_GATES NTOPS_MLA_INTERPRET
+. scripts/environment.sh
+unset NTOPS_MLA_GATES NTOPS_MLA_INTERPRET
 
 platform=$("$python" -W ignore -c '
 import sys

@@ -29,17 +29,8 @@ for part in "$@"; do
     esac
 done
 
-if [ -n "${NTOPS_MLA_DIRECT_PYTHON:-}" ]; then
-    python=$NTOPS_MLA_DIRECT_PYTHON
-else
-    bash scripts/bootstrap.sh
-    python=.venv/bin/python
-fi
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-# Some vendors' images set it, and PyTorch's float32 products are then none.
-unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE
-# Only what is asked for below may decide what runs.
-unset NTOPS_MLA_BACKEND NTOPS_MLA_PLATFORM NTOPS_MLA_STRICT NTOPS_MLA_TILES
+. scripts/environment.sh
+unset NTOPS_MLA_TILES
 rehearsal=0
 [ "${NTOPS_MLA_INTERPRET:-0}" != 1 ] || rehearsal=1
 

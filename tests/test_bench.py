@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -17,7 +18,7 @@ import bench
 from bench_rows import counting, graphs, modules, peers, plots, problems, record, runner, table, tiles, timing, ways
 from bench_rows.cases import KINDS, Case, cases, config_of, decode_case, prefill_case
 from bench_rows.peers import base
-from ntops_mla import MLAConfig, flash_mla, ops
+from ntops_mla import MLAConfig, devices, flash_mla, ops
 from ntops_mla.ops import get
 from ntops_mla.platform import get_platform
 
@@ -188,6 +189,9 @@ def test_a_graph_is_recorded_after_a_run_and_replayed(monkeypatch):
         def replay(self):
             notes.append("replay")
 
+        def pool(self):
+            return None
+
     class Within:
         def __init__(self, what):
             self.what = what
@@ -200,14 +204,16 @@ def test_a_graph_is_recorded_after_a_run_and_replayed(monkeypatch):
 
     stream = types.SimpleNamespace(wait_stream=lambda other: None)
     module = types.SimpleNamespace(
-        METAGraph=Graph,
-        graph=lambda graph: Within("record"),
+        XPUGraph=Graph,
+        graph=lambda graph, pool: Within("record"),
+        device=lambda device: contextlib.nullcontext(),
+        synchronize=lambda device: None,
         Stream=lambda: stream,
         current_stream=lambda: None,
         stream=lambda s: Within("side"),
     )
-    monkeypatch.setattr(graphs, "device_module", lambda _: module)
-    device = torch.device("meta")
+    monkeypatch.setattr(devices, "device_module", lambda _: module)
+    device = torch.device("xpu", 0)
     assert graphs.unavailable(device) is None
     replay = graphs.record(device, lambda: notes.append("call") or 7)
     assert replay() == 7

@@ -33,6 +33,14 @@ def device(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"torch knows no device {text!r}") from None
 
 
+def check_files(args: argparse.Namespace, *names: str) -> None:
+    """Raise ValueError unless each of these arguments that is given is a file, there or not, in a folder that is."""
+    for name in names:
+        path = getattr(args, name)
+        if path is not None and (not path.parent.is_dir() or path.is_dir()):
+            raise ValueError(f"argument --{name}: {path} is not a file in a folder that exists")
+
+
 def positive(text: str) -> int:
     """A number above zero."""
     if not text.isdecimal() or int(text) < 1:

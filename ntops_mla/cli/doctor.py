@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import pathlib
 import signal
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 from ntops_mla import child, doctor, findings, ops
 from ntops_mla import platform as platforms
 from ntops_mla.cli import arguments
+from ntops_mla.cli.board import chosen_device
 from ntops_mla.cli.table import said
 
 HELP = "try every kernel once, each in a process of its own, and say which work"
@@ -51,27 +51,17 @@ def run(args: argparse.Namespace) -> int:
     if args.child:
         sum_only = args.child == "sum"
         data = doctor.add(args.device) if sum_only else doctor.examine(args.child, args.dtype, args.device)
-        print(child.answer(data), flush=True)
-        os._exit(0)  # a driver that was brought up may hang or crash on the way out
-    for name in ("json", "gates"):
-        path = getattr(args, name)
-        if path is not None and (not path.parent.is_dir() or path.is_dir()):
-            raise ValueError(f"argument --{name}: {path} is not a file in a folder that exists")
+        child.reply(data)
+    arguments.check_files(args, "json", "gates")
     if args.preflight and args.gates:
         raise ValueError("argument --gates: not with --preflight, which tries no kernel")
     if args.dtype not in (None, *doctor.DTYPES):
         raise ValueError(f"argument --dtype: no kernel takes {args.dtype}")
     try:
-        device = platforms.find_device(args.platform) if args.platform else platforms.best_device().device
+        detection = chosen_device(args.platform)
     except platforms.DeviceNotFoundError as error:
         print(f"{error}")
         return 1
-    detection = platforms.detect(device)
-    if detection.platform is None:
-        print(f"{device}: {detection.reason}")
-        return 1
-    if args.platform and detection.platform.name != args.platform:
-        raise ValueError(f"argument --platform: {device} is {detection.platform.name} ({detection.reason})")
     return _run(args, detection)
 
 

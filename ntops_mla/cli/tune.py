@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import pathlib
 import re
 import sys
@@ -15,6 +14,7 @@ from ntops_mla import checkout, child, dispatch, interpreter, ops, tile_table, t
 from ntops_mla import platform as platforms
 from ntops_mla.board import Board, board_of
 from ntops_mla.cli import arguments
+from ntops_mla.cli.board import chosen_device
 from ntops_mla.platform import Tile, version_pair
 
 HELP = "time tiles on the board at hand, and write a table of those that are better than the platform's"
@@ -44,22 +44,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Status 0 where a table was written, 1 where there is nothing to tune, 130 where it was stopped."""
     if args.child:
-        print(child.answer(tuning_trial.examine(args.child)), flush=True)
-        os._exit(0)  # a driver that was brought up may hang or crash on the way out
+        child.reply(tuning_trial.examine(args.child))
     _check(args)
     if args.arch:
         return _list(args, _pretended(args.platform, args.arch), None)
     try:
-        device = platforms.find_device(args.platform) if args.platform else platforms.best_device().device
+        detection = chosen_device(args.platform)
     except platforms.DeviceNotFoundError as error:
         print(f"{error}" + ("; --arch NAME lists candidates without it" if args.dry_run else ""))
         return 1
-    detection = platforms.detect(device)
-    if detection.platform is None:
-        print(f"{device}: {detection.reason}")
-        return 1
-    if args.platform and detection.platform.name != args.platform:
-        raise ValueError(f"argument --platform: {device} is {detection.platform.name} ({detection.reason})")
+    device = detection.device
     if not detection.platform.limits:
         print(f"nothing to tune on {detection.platform.title}: {detection.platform.gate('*', None).reason}")
         return 1
@@ -86,10 +80,7 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"argument --dtype: no kernel takes {dtype}")
     if args.arch and not (args.dry_run and args.platform):
         raise ValueError("argument --arch: with --dry-run and --platform only: tiles are timed on a device")
-    for name in ("json", "output"):
-        path = getattr(args, name)
-        if path is not None and (not path.parent.is_dir() or path.is_dir()):
-            raise ValueError(f"argument --{name}: {path} is not a file in a folder that exists")
+    arguments.check_files(args, "json", "output")
     if args.output is not None and args.dry_run:
         raise ValueError("argument --output: not with --dry-run, which times nothing")
 

@@ -1,14 +1,13 @@
 """How a test speaks to the device: arguments go there as they lie, results are compared with float64 on the CPU."""
 
-import dataclasses
 import os
-from collections.abc import Callable
 
 import pytest
 import torch
 
-from ntops_mla import dispatch, interpreter, ops
-from ntops_mla.devices import detect, device_module, synchronize
+from ntops_mla import devices, dispatch, interpreter, ops
+from ntops_mla.devices import detect
+from ntops_mla.testing import assert_close
 from tests.interpreted import numerics
 from tests.interpreted.numerics import DECODE, DTYPES, PREFILL
 from tests.test_ops import ROUNDED, append_inputs, decode64, decode_inputs, prefill64, prefill_inputs, turns
@@ -60,21 +59,11 @@ def run(op, *args, **kwargs):
 
 
 def check_rounded(value, expected, name="value"):
-    """An element-wise op computes in float32 and rounds once: both errors are allowed for together.
+    """An element-wise op computes in float32 and rounds once: both errors are allowed for together, in float32 too.
 
     Half a unit or float32's noise is not enough: near a tie the noise decides, and of millions of elements some are.
     """
-    assert value.shape == expected.shape
-    tolerance = ROUNDED[value.dtype]
-    error, true = (value.cpu().double() - expected).abs(), expected.abs()
-    allowed = tolerance.rel * true + tolerance.abs
-    bad = ~(error <= allowed)  # NaN too
-    if bad.any():
-        worst = int(torch.where(bad, error / allowed, -1.0).nan_to_num(torch.inf).argmax())
-        raise AssertionError(
-            f"{name}: {int(bad.sum())} of {bad.numel()} elements differ, at worst "
-            f"{value.flatten()[worst].item():.6g} for {expected.flatten()[worst].item():.6g}"
-        )
+    assert_close(value, expected, ROUNDED[value.dtype]._replace(both=True), name)
 
 
 def check_attention(out, lse, *expected):
@@ -158,17 +147,8 @@ def check_outcome(name, args, results):
 # Graphs and streams
 
 
-@dataclasses.dataclass
-class Captured:
-    """`replay()` runs the work again, over what its inputs hold now, into `results`."""
-
-    replay: Callable[[], object]
-    results: list[torch.Tensor]
-
-
 def capture(device, function):
     """Record what `function` launches; it returns a list of tensors. In the interpreter it is called again instead."""
-    module = device_module(device)
     if INTERPRETED:
         results = function()
 
@@ -176,24 +156,12 @@ def capture(device, function):
             for kept, new in zip(results, function()):
                 kept.copy_(new)
 
-        return Captured(again, results)
-    make = getattr(module, f"{device.type.upper()}Graph", None)
-    if make is None or not hasattr(module, "graph"):
-        pytest.skip(f"torch.{device.type} of this machine has no graphs")
+        return devices.Captured(again, results, None)
+    if (problem := devices.graph_problem(device)) is not None:
+        pytest.skip(problem)
     # Compiling and the first choice of an op are no part of a graph.
-    with side_stream(device):
+    with devices.side_stream(device):
         for _ in range(2):
             function()
-    synchronize(device)
-    graph = make()
-    with module.graph(graph):
-        results = function()
-    return Captured(graph.replay, results)
-
-
-def side_stream(device):
-    """A `with` block whose work goes to a stream of its own, behind what was launched before."""
-    module = device_module(device)
-    stream = module.Stream()
-    stream.wait_stream(module.current_stream())
-    return module.stream(stream)
+    devices.synchronize(device)
+    return devices.capture(device, function)

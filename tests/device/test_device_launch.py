@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ntops_mla import ops
-from ntops_mla.devices import detect, device_module, synchronize
+from ntops_mla.devices import detect, device_module, side_stream, synchronize
 from tests.device.on_device import (
     DTYPES,
     NAMES,
@@ -18,7 +18,6 @@ from tests.device.on_device import (
     pick,
     run,
     scaled,
-    side_stream,
 )
 from tests.test_ops import GARBAGE_PAGE, decode_inputs, name_of, norm64, rope64, turns
 
@@ -72,11 +71,11 @@ class Buffers:
 
 
 def replayed(captured, device):
-    for result in captured.results:
+    for result in captured.result:
         result.fill_(NAN)
     captured.replay()
     synchronize(device)
-    return captured.results
+    return captured.result
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)

@@ -181,7 +181,6 @@ def _triton(triton: ModuleType) -> None:
     told = {**utils.get_device_properties(0), "max_shared_mem": show.shared_memory, "multiprocessor_count": 4}
     utils.get_device_properties = lambda device: dict(told)
     interpreter._repair()
-    state.real_triton = triton.__version__
     triton.__version__ = show.triton
     from triton.backends import backends
 
