@@ -333,7 +333,8 @@ def side_stream(device: torch.device | str) -> Iterator[None]:
     """Work inside goes to a stream of its own, behind what was launched before."""
     device = _as_device(device)
     module = device_module(device)
-    with module.device(device):
+    # torch.cpu has streams of no effect, and no other device to make current
+    with module.device(device) if hasattr(module, "device") else contextlib.nullcontext():
         stream = module.Stream()
         stream.wait_stream(module.current_stream())
         with module.stream(stream):
