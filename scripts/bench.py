@@ -2,12 +2,12 @@
 
     python scripts/bench.py [--quick] [--cpu | --nvidia | ...] [--json FILE] [--plots FOLDER]
 
-Rows: decode, combine, prefill, append, norm, rope, whole layers, and the parts of a decode step; on FlashMLA's shapes,
-the two scenarios of attention_test.py and R1's layers, on a CPU at small sizes. Each has its FLOP and bytes by
-FlashMLA's rules, median and quartiles, and the share of what a copy and a matrix product reach in the same run.
-Compare rows of one run with each other, and no time with that of another machine. Exit status 1 where a row differs
-from float64 or raised, 2 where nothing can be run. `python scripts/performance_report.py` makes docs/performance.md of
-the files under benchmarks/results/.
+Rows: decode, combine, prefill, append, norm, rope, the second half of a query projection, whole layers, and the parts
+of a decode step; on FlashMLA's shapes, the two scenarios of attention_test.py and R1's layers, on a CPU at small sizes.
+Each has its FLOP and bytes by FlashMLA's rules, median and quartiles, and the share of what a copy and a matrix product
+reach in the same run. Compare rows of one run with each other, and no time with that of another machine. Exit status 1
+where a row differs from float64 or raised, 2 where nothing can be run. `python scripts/performance_report.py` makes
+docs/performance.md of the files under benchmarks/results/.
 """
 
 from __future__ import annotations

@@ -307,7 +307,7 @@ def test_a_wrong_row_is_not_timed_and_status_1(monkeypatch, capsys, tmp_path):
     assert "MISMATCH: decode b2-q2-k128-h16-causal, ntops_mla" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["combine", "prefill", "append", "norm", "rope"])
+@pytest.mark.parametrize("kind", ["combine", "prefill", "append", "norm", "rope", "query"])
 def test_a_wrong_result_of_any_op_is_found(kind):
     (case,) = cases("quick", (kind,))
     problem = problems.make(case, CPU, torch.bfloat16, 0, "quick")

@@ -12,7 +12,7 @@ from attention_rows import scenario
 from ntops_mla.config import MLAConfig
 
 SIZES = ("device", "cpu", "quick")
-KINDS = ("decode", "combine", "prefill", "append", "norm", "rope", "module", "parts")
+KINDS = ("decode", "combine", "prefill", "append", "norm", "rope", "query", "module", "parts")
 PAGE = 64
 K = 1024
 
@@ -36,7 +36,7 @@ def cases(size: str, kinds: tuple[str, ...] = KINDS) -> tuple[Case, ...]:
         raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
     made = {
         "decode": _decode, "combine": _combine, "prefill": _prefill, "append": _append, "norm": _norm, "rope": _rope,
-        "module": _module, "parts": _parts,
+        "query": _query, "module": _module, "parts": _parts,
     }  # fmt: skip
     if unknown := set(kinds) - set(made):
         raise ValueError(f"kinds must be among {', '.join(KINDS)}, got {', '.join(sorted(unknown))}")
@@ -123,6 +123,18 @@ def _rope(size: str):
     shapes = {"device": ((128, 128), (8192, 128)), "cpu": ((16, 16), (704, 16)), "quick": ((16, 4),)}[size]
     for tokens, heads in shapes:
         yield Case("rope", f"t{tokens}-h{heads}", {"tokens": tokens, "heads": heads}, ())
+
+
+def _query(size: str):
+    r1 = {"rank": 1536, "columns": 128 * 192}
+    shapes = {
+        "device": ((16, r1), (128, r1), (704, r1)),
+        "cpu": ((16, r1), (704, {"rank": 1536, "columns": 16 * 192})),
+        "quick": ((16, {"rank": 128, "columns": 256}),),
+    }
+    for tokens, sizes in shapes[size]:
+        name = f"t{tokens}-r{sizes['rank']}-c{sizes['columns']}"
+        yield Case("query", name, {"tokens": tokens, **sizes}, ("fusion",))
 
 
 def _layer(kind: str, config: str, lengths, pasts, name: str, group: str) -> Case:

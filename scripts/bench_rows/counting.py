@@ -67,6 +67,12 @@ def norm(rows: int, width: int, element: int = 2) -> Work:
     return Work(4 * rows * width, element * (2 * rows + 1) * width)
 
 
+def query(tokens: int, rank: int, columns: int, element: int = 2) -> Work:
+    """A normalised row of `rank` through a matrix of `columns`."""
+    product = Work(2 * tokens * rank * columns, element * (rank * columns + tokens * columns))
+    return product + norm(tokens, rank, element)
+
+
 def rope(tokens: int, heads: int, width: int = 64, element: int = 2) -> Work:
     """Six FLOP a pair; cos and sin in float32 once a token."""
     return Work(3 * tokens * heads * width, tokens * width * (2 * heads * element + 4))

@@ -33,6 +33,9 @@ PREFILL_SCALE = (NOPE + ROPE) ** -0.5
 EPS = 1e-6
 # An op without a softmax; what a peer rounds on its way is allowed for.
 ELEMENTS = Tolerance(8e-4, 2.01 / 128, 5e-6)
+# A product of rows that were rounded to two bytes before: each of its terms is off by 2^-9 / sqrt(3) on average, which
+# makes 1.2e-3 of outputs of size 1. Twelve times that, and the output's own rounding, twice where it is scaled after.
+PROJECTED = Tolerance(1.5e-2, 2**-8, 5e-6, both=True)
 # FLOP that a comparison may cost on the CPU: some seconds of float64.
 CHECK_FLOP = {"device": 4e10, "cpu": 4e9, "quick": 4e8}
 _ROWS = 512  # of scores held at once
@@ -310,6 +313,29 @@ class Norm(Problem):
         return _norm64(self.input.cpu().double(), self.weight), None, "all rows"
 
 
+class Query(Problem):
+    """q_a `[T, rank]`, its norm's weight, q_b_proj's `[columns, rank]`: the second half of a query projection."""
+
+    tolerance = PROJECTED
+
+    def __init__(self, case, device, dtype, budget) -> None:
+        super().__init__(case, device, dtype, budget)
+        tokens, rank, columns = (case.params[name] for name in ("tokens", "rank", "columns"))
+        self.input = torch.randn(tokens, rank, device=device, dtype=dtype)
+        self.norm = torch.rand(rank, device=device, dtype=dtype) + 0.5
+        self.weight = torch.randn(columns, rank, device=device, dtype=dtype) * rank**-0.5
+        self.work = counting.query(tokens, rank, columns, self.input.element_size())
+        self._rows = chosen(tokens, budget, 2 * rank * columns)
+
+    def expected(self):
+        rows = self.input.cpu()[self._rows].double()
+        out = _norm64(rows, self.norm) @ self.weight.cpu().double().T
+        return out, None, f"{len(rows)} of {len(self.input)} rows"
+
+    def picked(self, out, lse):
+        return out.index_select(0, torch.tensor(self._rows, device=out.device)), None
+
+
 class Rope(Problem):
     """q_pe `[T, H, 64]`, the last columns of wider heads as in a model, cos, sin."""
 
@@ -346,4 +372,5 @@ PROBLEMS: dict[str, type[Problem]] = {
     "append": Append,
     "norm": Norm,
     "rope": Rope,
+    "query": Query,
 }

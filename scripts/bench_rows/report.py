@@ -234,7 +234,7 @@ def group(op: str, name: str) -> Callable[[Run], str]:
 
 def small(run: Run) -> str:
     """What is no attention."""
-    found = [row for op in ("combine", "append", "norm", "rope") for row in run.rows(op)]
+    found = [row for op in ("combine", "append", "norm", "rope", "query") for row in run.rows(op)]
     return _figures({**row, "case": f"{row['op']} {row['case']}"} for row in found) if found else ""
 
 
@@ -283,6 +283,9 @@ def fusions(run: Run) -> str:
     for row in run.rows("append"):
         if row["implementation"] in ("queries apart", "unfused"):
             lines.append(_ratio(run, row, OURS, CALL, row["note"]))
+    for row in run.rows("query"):
+        if row["implementation"] == "norm folded":
+            lines.append(_ratio(run, row, OURS, row["timed"], row["note"]))
     for row in run.rows():
         if row["implementation"] == OURS and row["timed"] == CALL and row["op"] != "parts":
             lines.append(_ratio(run, row, OURS, GRAPH, "the call's launches one by one"))

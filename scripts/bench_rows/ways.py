@@ -209,6 +209,21 @@ def _rope(problem) -> Iterator[Way | Absent]:
     yield Way("torch", CALL, lambda: _rotated(*args))
 
 
+def _query(problem) -> Iterator[Way | Absent]:
+    x, norm, weight = problem.input, problem.norm, problem.weight
+    backend = lambda: ops.rms_norm.explain(x, norm, EPS).backend  # noqa: E731
+    ours = Way(OURS, CALL, lambda: F.linear(ops.rms_norm(x, norm, EPS), weight), backend=backend)
+    yield from _with_graph(problem, ours)
+    folded = (weight * norm).contiguous()
+
+    def scaled():
+        scale = (x.float().square().mean(-1, keepdim=True) + EPS).rsqrt()
+        return F.linear(x, folded).mul_(scale)  # in float32, rounded a second time
+
+    note = "q_a's norm folded: its weight into q_b_proj, its scale onto the product"
+    yield from _with_graph(problem, Way("norm folded", CALL, scaled, note=note))
+
+
 def _rotated(x, cos, sin):
     """As a model's own code has it: complex numbers."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
@@ -222,4 +237,5 @@ _WAYS = {
     "append": _append,
     "norm": _norm,
     "rope": _rope,
+    "query": _query,
 }
