@@ -80,26 +80,32 @@ class OpSpec:
 @dataclass(frozen=True)
 class Settings:
     """What overrides the choice: backend auto | kernel | reference; strict; a platform's name instead of detection;
-    what was found on a board."""
+    what was found on a board; `check`: ops look at the values of tables, lengths and indices first."""
 
     backend: str = "auto"
     strict: bool = False
     platform: str | None = None
     findings: Findings | None = None
+    check: bool = False
 
     @classmethod
     def from_environment(cls) -> Settings:
-        """Read NTOPS_MLA_BACKEND, NTOPS_MLA_STRICT and NTOPS_MLA_GATES; a value not understood is a ValueError.
+        """Read NTOPS_MLA_BACKEND, _STRICT, _CHECK and _GATES; a value not understood is a ValueError.
 
         NTOPS_MLA_PLATFORM is read where devices are recognised (devices.py), so that all ask the same.
         """
         backend = os.environ.get("NTOPS_MLA_BACKEND", "").strip().lower() or "auto"
         if backend not in BACKENDS:
             raise ValueError(f"NTOPS_MLA_BACKEND must be one of {', '.join(BACKENDS)}, got {backend!r}")
-        strict = os.environ.get("NTOPS_MLA_STRICT", "").strip() or "0"
-        if strict not in ("0", "1"):
-            raise ValueError(f"NTOPS_MLA_STRICT must be 0 or 1, got {strict!r}")
-        return cls(backend, strict == "1", findings=found.from_environment())
+        strict, check = (_switch(f"NTOPS_MLA_{name}") for name in ("STRICT", "CHECK"))
+        return cls(backend, strict, findings=found.from_environment(), check=check)
+
+
+def _switch(variable: str) -> bool:
+    value = os.environ.get(variable, "").strip() or "0"
+    if value not in ("0", "1"):
+        raise ValueError(f"{variable} must be 0 or 1, got {value!r}")
+    return value == "1"
 
 
 _override: ContextVar[Settings | None] = ContextVar("ntops_mla_settings", default=None)

@@ -23,8 +23,9 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 class Op:
     """One registered op: what `python -m ntops_mla ops | explain` and the tests ask.
 
-    check(*args) raises for bad arguments; key, supports, kernel, tiles: see `dispatch.OpSpec`; example(device, dtype,
-    **sizes) makes valid arguments.
+    check(*args) raises for bad arguments; look(*args), under NTOPS_MLA_CHECK=1 alone, for bad values in them, which
+    waits for the device; key, supports, kernel, tiles: see `dispatch.OpSpec`; example(device, dtype, **sizes) makes
+    valid arguments.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Op:
         kernel: Callable[..., Any] | None = None,
         through_float32: Callable[..., Any] | None = None,
         tiles: Callable[..., list] | None = None,
+        look: Callable[..., None] | None = None,
     ) -> None:
         self.name = function.__name__
         self.function = function
@@ -58,6 +60,8 @@ class Op:
         def run(*args):
             args += defaults[len(args) :]
             check(*args)
+            if look is not None and dispatch.settings().check:
+                look(*args)
             return dispatch.call(self.spec, args[0].device, args)
 
         def run_fake(*args):

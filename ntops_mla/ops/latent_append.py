@@ -8,7 +8,7 @@ import torch
 
 from ntops_mla.board import Board, Needed
 from ntops_mla.kernel import Kernel, within_int32
-from ntops_mla.ops import _check
+from ntops_mla.ops import _check, _inspect
 from ntops_mla.ops._op import register
 from ntops_mla.ops.rms_norm import normalise
 from ntops_mla.ops.rope import check_cos_sin, rotate_into, rotate_pairs
@@ -75,6 +75,10 @@ def _check_args(kv_a, weight, cos, sin, slots, cache, eps, q_pe):
     _check.same(op, "kv_a", kv_a, ("q_pe", q_pe))
     if any(size > 1 and stride == 0 for size, stride in zip(q_pe.shape, q_pe.stride())):
         raise ValueError(f"{op}: q_pe is written to and must not be expanded, got strides {list(q_pe.stride())}")
+
+
+def _look(kv_a, weight, cos, sin, slots, cache, eps, q_pe):
+    _inspect.slots("latent_append", slots, cache.shape[0] * cache.shape[1])
 
 
 def _reference(kv_a, weight, cos, sin, slots, cache, eps, q_pe):
@@ -182,6 +186,7 @@ latent_append = register(
         "Tensor(b!)? q_pe=None) -> ()"
     ),
     check=_check_args,
+    look=_look,
     fake=_fake,
     reference=_reference,
     key=_key,

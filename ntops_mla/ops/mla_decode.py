@@ -10,7 +10,7 @@ import torch
 
 from ntops_mla.board import Board, Needed
 from ntops_mla.kernel import Kernel, within_int32
-from ntops_mla.ops import _check
+from ntops_mla.ops import _check, _inspect
 from ntops_mla.ops._attention import GATHER_BYTES, attend, joined, merge
 from ntops_mla.ops._op import register
 from ntops_mla.ops.latent_append import LATENT_SIZES
@@ -92,6 +92,10 @@ def _check_args(q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax
         raise TypeError(f"{op}: num_splits must be None or an integer, got {num_splits!r}")
     if num_splits is not None and num_splits < 1:
         raise ValueError(f"{op}: num_splits must be None or at least 1, got {num_splits}")
+
+
+def _look(q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, causal, num_splits):
+    _inspect.table("mla_decode", block_table, seq_lens, *kv_cache.shape[:2])
 
 
 def _reference(q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, causal, num_splits):
@@ -412,6 +416,7 @@ mla_decode = register(
         "float softmax_scale, bool causal=True, int? num_splits=None) -> (Tensor, Tensor)"
     ),
     check=_check_args,
+    look=_look,
     fake=_fake,
     reference=_reference,
     key=_key,

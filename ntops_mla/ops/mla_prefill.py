@@ -71,6 +71,11 @@ def _bounds(name: str, cu_seqlens: torch.Tensor, total: int) -> list[int]:
     return bounds
 
 
+def _look(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):
+    _bounds("cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    _bounds("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+
+
 def _reference(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):
     starts = _bounds("cu_seqlens_q", cu_seqlens_q, q.shape[0])
     key_starts = _bounds("cu_seqlens_k", cu_seqlens_k, k.shape[0])
@@ -175,6 +180,7 @@ mla_prefill = register(
         "bool causal=True) -> (Tensor, Tensor)"
     ),
     check=_check_args,
+    look=_look,
     fake=_fake,
     reference=_reference,
     key=_key,
