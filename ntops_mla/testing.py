@@ -27,6 +27,8 @@ class Tolerance(NamedTuple):
 # For bfloat16 and float16 inputs, as FlashMLA's own tests have them.
 DECODE_OUT = Tolerance(8e-4, 2.01 / 128, 5e-6)
 DECODE_LSE = Tolerance(1e-6, 8.01 / 65536)
+# Over an fp8 cache, against the dequantised one
+FP8_OUT = Tolerance(1e-3, 2.01 / 128, 5e-6)
 PREFILL_OUT = Tolerance(1e-3, 8.01 / 128, 7e-6)
 PREFILL_LSE = Tolerance(1e-6, 2.01 / 65536)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -63,11 +64,7 @@ def mla_decode(
 
 def _check_args(q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, causal, num_splits):
     op = "mla_decode"
-    _check.tensor(op, "q_nope", q_nope, "[B, s_q, H, C]", 4)
-    _check.dtype(op, "q_nope", q_nope)
-    _check.tensor(op, "q_pe", q_pe, "[B, s_q, H, R]", 4)
-    if q_pe.shape[:3] != q_nope.shape[:3]:
-        raise ValueError(f"{op}: q_pe must be [B, s_q, H, R] like q_nope {list(q_nope.shape)}, got {list(q_pe.shape)}")
+    check_queries(op, q_nope, q_pe)
     _check.tensor(op, "kv_cache", kv_cache, "[pages, page_size, C]", 3)
     _check.size(op, "kv_cache", kv_cache, 2, q_nope.shape[3], "[pages, page_size, C]")
     _check.page_size(op, "kv_cache", kv_cache.shape[1])
@@ -78,16 +75,35 @@ def _check_args(q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax
             f"{op}: pe_cache must have kv_cache's pages and page size {list(kv_cache.shape[:2])}, "
             f"got {list(pe_cache.shape[:2])}"
         )
+    _check.same(op, "q_nope", q_nope, ("q_pe", q_pe), ("kv_cache", kv_cache), ("pe_cache", pe_cache))
+    check_requests(op, q_nope, block_table, seq_lens)
+    check_numbers(op, softmax_scale, num_splits)
+    _check.flag(op, "causal", causal)
+
+
+def check_queries(op: str, q_nope: object, q_pe: object) -> None:
+    """q_nope and q_pe of absorbed attention."""
+    _check.tensor(op, "q_nope", q_nope, "[B, s_q, H, C]", 4)
+    _check.dtype(op, "q_nope", q_nope)
+    _check.tensor(op, "q_pe", q_pe, "[B, s_q, H, R]", 4)
+    if q_pe.shape[:3] != q_nope.shape[:3]:
+        raise ValueError(f"{op}: q_pe must be [B, s_q, H, R] like q_nope {list(q_nope.shape)}, got {list(q_pe.shape)}")
+
+
+def check_requests(op: str, q_nope: torch.Tensor, block_table: object, seq_lens: object) -> None:
+    """The pages and the length of each request of q_nope."""
     _check.tensor(op, "block_table", block_table, "[B, max_pages]", 2)
     _check.dtype(op, "block_table", block_table, (torch.int32,))
     _check.size(op, "block_table", block_table, 0, q_nope.shape[0], "[B, max_pages]")
     _check.tensor(op, "seq_lens", seq_lens, "[B]", 1)
     _check.dtype(op, "seq_lens", seq_lens, (torch.int32,))
     _check.size(op, "seq_lens", seq_lens, 0, q_nope.shape[0], "[B]")
-    _check.same(op, "q_nope", q_nope, ("q_pe", q_pe), ("kv_cache", kv_cache), ("pe_cache", pe_cache))
     _check.same_device(op, "q_nope", q_nope, ("block_table", block_table), ("seq_lens", seq_lens))
+
+
+def check_numbers(op: str, softmax_scale: object, num_splits: object) -> None:
+    """A scale, and a number of splits or None."""
     _check.number(op, "softmax_scale", softmax_scale)
-    _check.flag(op, "causal", causal)
     if num_splits is not None and (isinstance(num_splits, bool) or not isinstance(num_splits, (int, torch.SymInt))):
         raise TypeError(f"{op}: num_splits must be None or an integer, got {num_splits!r}")
     if num_splits is not None and num_splits < 1:
@@ -99,26 +115,59 @@ def _look(q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale
 
 
 def _reference(q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, causal, num_splits):
+    cache = joined(kv_cache, pe_cache)
+    caches = (kv_cache, pe_cache) if cache is None else (cache,)
+
+    # Latent and rope columns side by side, gathered once
+    def gather(pages):
+        parts = [cache.index_select(0, pages) for cache in caches]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    paged = Paged("mla_decode", gather, *kv_cache.shape[:2])
+    return attend_paged(paged, q_nope, q_pe, block_table, seq_lens, softmax_scale, causal)
+
+
+class Paged(NamedTuple):
+    """A cache as references read it, for the op of that name.
+
+    gather: a tensor of pages `[n]` -> their rows `[n, page_size, C + R]` in q's dtype, a copy; IndexError for a page
+    that is not there.
+    """
+
+    op: str
+    gather: Callable[[torch.Tensor], torch.Tensor]
+    pages: int
+    page_size: int
+
+
+def attend_paged(
+    paged: Paged,
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    softmax_scale: float,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """mla_decode in PyTorch, over any cache of pages."""
     batch, s_q, heads, latent = q_nope.shape
     out = torch.zeros(batch, s_q, heads, latent, dtype=q_nope.dtype, device=q_nope.device)
     lse = torch.full((batch, heads, s_q), _NO_KEY, dtype=torch.float32, device=q_nope.device)
-    page_size = kv_cache.shape[1]
+    page_size = paged.page_size
     lengths = seq_lens.tolist()
     if batch == 0 or s_q == 0 or heads == 0:
         return out, lse
     if min(lengths) < 0:
-        raise ValueError(f"mla_decode: seq_lens must not be negative, got {min(lengths)}")
+        raise ValueError(f"{paged.op}: seq_lens must not be negative, got {min(lengths)}")
     most = -(-max(lengths) // page_size)
     if most > block_table.shape[1]:
         raise ValueError(
-            f"mla_decode: seq_lens reach {max(lengths)} tokens, {most} pages, "
+            f"{paged.op}: seq_lens reach {max(lengths)} tokens, {most} pages, "
             f"but block_table has {block_table.shape[1]} columns"
         )
     # [B, s_q, H, C + R]
     q = joined(q_nope, q_pe)
     q = torch.cat([q_nope, q_pe], -1) if q is None else q
-    cache = joined(kv_cache, pe_cache)
-    caches = (kv_cache, pe_cache) if cache is None else (cache,)
 
     # Requests with the same number of pages go together: no padded page is gathered, and there is one call per group.
     pages = [-(-length // page_size) for length in lengths]
@@ -136,7 +185,7 @@ def _reference(q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_
         together = max(1, GATHER_BYTES // (count * page_bytes)) if count else batch
         for start in range(first, last, together) if count else ():
             rows = slice(start, min(start + together, last))
-            part, part_lse = _attend_pages(q[rows], caches, block_table[rows, :count], view, rows, softmax_scale)
+            part, part_lse = _attend_pages(q[rows], paged, block_table[rows, :count], view, rows, softmax_scale)
             group_out[rows] = part[..., :latent]
             group_lse[rows] = part_lse.transpose(1, 2)
         first = last
@@ -190,28 +239,28 @@ class _View:
         return torch.zeros(hidden.shape, dtype=self._dtype, device=limit.device).masked_fill_(hidden, _NO_KEY)
 
 
-def _attend_pages(q, caches, table, view, rows, scale):
+def _attend_pages(q, paged, table, view, rows, scale):
     """Equal page counts: q `[G, s_q, H, D]`, table `[G, pages]` -> out `[G, s_q, H, D]`, lse `[G, s_q, H]`."""
     pages = table.shape[1]
-    page_size = caches[0].shape[1]
+    page_size = paged.page_size
     at_once = max(1, GATHER_BYTES // (len(table) * page_size * q.shape[3] * q.element_size()))
     if pages <= at_once:
-        return _attend_span(q, caches, table, view, rows, scale, 0, True)
+        return _attend_span(q, paged, table, view, rows, scale, 0, True)
     out, lse = None, None
     for first in range(0, pages, at_once):
         span = table[:, first : first + at_once]
-        part, part_lse = _attend_span(q, caches, span, view, rows, scale, first, first + at_once >= pages)
+        part, part_lse = _attend_span(q, paged, span, view, rows, scale, first, first + at_once >= pages)
         wide = part if part.dtype == torch.float64 else part.float()
         out, lse = (wide, part_lse) if out is None else merge(out, lse, wide, part_lse)
     return out.to(q.dtype), lse
 
 
-def _attend_span(q, caches, table, view, rows, scale, first_page, has_last):
+def _attend_span(q, paged, table, view, rows, scale, first_page, has_last):
     """The keys of `table`'s pages, the requests' pages from `first_page` on; `rows`: where they are in view."""
     group, pages = table.shape
-    page_size = caches[0].shape[1]
-    # [G, pages * page_size, D]: latent and rope columns side by side, gathered once
-    k = _gather(caches, table.reshape(-1)).view(group, pages * page_size, -1)
+    page_size = paged.page_size
+    # [G, pages * page_size, D]
+    k = _gather(paged, table.reshape(-1)).view(group, pages * page_size, -1)
     if has_last:
         # The last page's slots past the length hold anything, NaN too, and 0 x NaN is NaN: zero them in the copy.
         k.view(group, pages, page_size, -1)[:, -1].masked_fill_(view.unused[rows], 0)
@@ -253,15 +302,13 @@ def _attend_causal(q, k, view, rows, scale, start):
     return out, lse
 
 
-def _gather(caches, pages):
+def _gather(paged, pages):
     try:
-        parts = [cache.index_select(0, pages) for cache in caches]
+        return paged.gather(pages)
     except IndexError as error:
         raise ValueError(
-            f"mla_decode: block_table must hold pages below {caches[0].shape[0]}, "
-            f"got {int(pages.min())} to {int(pages.max())}"
+            f"{paged.op}: block_table must hold pages below {paged.pages}, got {int(pages.min())} to {int(pages.max())}"
         ) from error
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def _fake(q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, causal, num_splits):

@@ -1,0 +1,142 @@
+"""mla_decode_fp8: mla_decode over FlashMLA's fp8 cache of 656 bytes a token."""
+
+from __future__ import annotations
+
+import torch
+
+from ntops_mla.ops import _check
+from ntops_mla.ops._fp8 import LATENT, ROPE, TOKEN_BYTES, dequantize, quantize_into
+from ntops_mla.ops._op import register
+from ntops_mla.ops.mla_decode import Paged, attend_paged, check_numbers, check_queries, check_requests
+from ntops_mla.platform import Platform
+
+_PAGE_SIZES = (16, 32, 64, 128)
+_SHAPE = f"[pages, page_size, {TOKEN_BYTES}]"
+
+
+def mla_decode_fp8(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    softmax_scale: float,
+    causal: bool = True,
+    num_splits: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend as mla_decode does, over latents of one byte a column, which are dequantised where they are read.
+
+    kv[j, c] = scale[j, c // 128] code[j, c];  s[j] = softmax_scale (q_nope . kv[j] + q_pe . pe[j]);  out = softmax(s)
+    kv;  lse = log sum exp(s)
+
+    q_nope: `[B, s_q, H, 512]`, already absorbed. q_pe: `[B, s_q, H, 64]`. cache: `[pages, page_size, 656]`, uint8 or
+    float8_e4m3fn: of each token 512 codes (float8_e4m3fn), 4 scales (float32, any) and 64 rope columns (bfloat16); a
+    page's tokens are adjacent, its pages may be further apart. block_table: int32 `[B, max_pages]`; entries past a
+    request's pages and slots past its length are never read. seq_lens: int32 `[B]`, with the new tokens. Row i of s_q
+    sees the first seq_len - s_q + 1 + i keys (causal), or all seq_len. num_splits: parts a request's keys are cut into,
+    None: chosen.
+
+    Returns out `[B, s_q, H, 512]` of q's dtype (bfloat16, float16, float32; float64 by PyTorch) and lse float32 `[B, H,
+    s_q]`, natural logarithm. A row that sees no key: out 0, lse -inf. Raises TypeError or ValueError that names the
+    argument. Source: deepseek-ai/FlashMLA flash_mla_with_kvcache(is_fp8_kvcache=True), README.md and tests/quant.py.
+    """
+    return torch.ops.ntops_mla.mla_decode_fp8(
+        q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal, num_splits
+    )
+
+
+def check_fp8(op: str, q_nope: object, q_pe: object, cache: object) -> None:
+    """Absorbed queries of 512 + 64 columns, and a cache of 656 bytes a token."""
+    check_queries(op, q_nope, q_pe)
+    _check.size(op, "q_nope", q_nope, 3, LATENT, "[B, s_q, H, C]")
+    _check.size(op, "q_pe", q_pe, 3, ROPE, "[B, s_q, H, R]")
+    _check.tensor(op, "cache", cache, _SHAPE, 3)
+    _check.dtype(op, "cache", cache, (torch.uint8, torch.float8_e4m3fn))
+    _check.size(op, "cache", cache, 2, TOKEN_BYTES, _SHAPE)
+    _check.page_size(op, "cache", cache.shape[1])
+    # Of a dimension of one element the stride says nothing.
+    pages, page_size, _ = cache.shape
+    page, token, byte = cache.stride()
+    if byte != 1 or (page_size > 1 and token != TOKEN_BYTES):
+        raise ValueError(
+            f"{op}: cache must have the {TOKEN_BYTES} bytes of a token, and a page's tokens, adjacent, "
+            f"got strides {[page, token, byte]}"
+        )
+    if (pages > 1 and page % 4) or cache.storage_offset() % 4:
+        raise ValueError(
+            f"{op}: cache must have its pages at multiples of 4 bytes, for the scales in them, "
+            f"got {cache.storage_offset()} + n * {page}"
+        )
+    _check.same(op, "q_nope", q_nope, ("q_pe", q_pe))
+    _check.same_device(op, "q_nope", q_nope, ("cache", cache))
+
+
+def _check_args(q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal, num_splits):
+    op = "mla_decode_fp8"
+    check_fp8(op, q_nope, q_pe, cache)
+    check_requests(op, q_nope, block_table, seq_lens)
+    check_numbers(op, softmax_scale, num_splits)
+    _check.flag(op, "causal", causal)
+
+
+def _reference(q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal, num_splits):
+    rows = cache.view(torch.uint8)
+
+    def gather(pages):
+        return dequantize(rows.index_select(0, pages), q_nope.dtype)
+
+    paged = Paged("mla_decode_fp8", gather, *cache.shape[:2])
+    return attend_paged(paged, q_nope, q_pe, block_table, seq_lens, softmax_scale, causal)
+
+
+def _fake(q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal, num_splits):
+    batch, s_q, heads, _ = q_nope.shape
+    out = torch.empty(q_nope.shape, dtype=q_nope.dtype, device=q_nope.device)
+    return out, torch.empty(batch, heads, s_q, dtype=torch.float32, device=q_nope.device)
+
+
+def _key(q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal, num_splits):
+    _, s_q, heads, _ = q_nope.shape
+    return (q_nope.dtype,), (heads, s_q, cache.shape[1], causal)
+
+
+def _supports(platform: Platform, dtypes: tuple, sizes: tuple) -> str | None:
+    if sizes[2] not in _PAGE_SIZES:
+        return f"pages of {sizes[2]} slots; the kernel takes {', '.join(map(str, _PAGE_SIZES))}"
+    return None
+
+
+def _example(
+    device="cpu", dtype=torch.bfloat16, *, tokens=4, heads=16, page_size=64, s_q=1, keys=None, num_splits=None, **_
+):
+    """`keys`: those of the first request, each next one has one less; None: 1, 2, 3, ..."""
+    ends = torch.arange(1, tokens + 1) if keys is None else torch.arange(keys, keys - tokens, -1)
+    pages = 1 if keys is None else -(-keys // page_size)
+    cache = torch.empty(tokens * pages, page_size, TOKEN_BYTES, device=device, dtype=torch.uint8)
+    latent, pe = (torch.randn(tokens * pages, page_size, columns, device=device) for columns in (LATENT, ROPE))
+    quantize_into(cache, latent / 10, pe / 10)
+    return (
+        torch.randn(tokens, s_q, heads, LATENT, device=device, dtype=dtype),
+        torch.randn(tokens, s_q, heads, ROPE, device=device, dtype=dtype),
+        cache,
+        torch.arange(tokens * pages, dtype=torch.int32, device=device).view(tokens, pages),
+        ends.clamp(1, pages * page_size).to(device=device, dtype=torch.int32),
+        (LATENT + ROPE) ** -0.5,
+        True,
+        num_splits,
+    )
+
+
+mla_decode_fp8 = register(
+    mla_decode_fp8,
+    schema=(
+        "(Tensor q_nope, Tensor q_pe, Tensor cache, Tensor block_table, Tensor seq_lens, float softmax_scale, "
+        "bool causal=True, int? num_splits=None) -> (Tensor, Tensor)"
+    ),
+    check=_check_args,
+    fake=_fake,
+    reference=_reference,
+    key=_key,
+    supports=_supports,
+    example=_example,
+)
