@@ -5,7 +5,18 @@ from ntops_mla.ops.latent_append import latent_append
 from ntops_mla.ops.mla_decode import mla_decode
 from ntops_mla.ops.mla_decode_fp8 import mla_decode_fp8
 from ntops_mla.ops.mla_prefill import mla_prefill
+from ntops_mla.ops.mla_sparse import mla_sparse
 from ntops_mla.ops.rms_norm import rms_norm
 from ntops_mla.ops.rope import rope
 
-__all__ = ["get", "latent_append", "mla_decode", "mla_decode_fp8", "mla_prefill", "names", "rms_norm", "rope"]
+__all__ = [
+    "get",
+    "latent_append",
+    "mla_decode",
+    "mla_decode_fp8",
+    "mla_prefill",
+    "mla_sparse",
+    "names",
+    "rms_norm",
+    "rope",
+]

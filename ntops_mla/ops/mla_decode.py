@@ -366,14 +366,15 @@ def _made(board: Board, dtype: torch.dtype, latent: int, rope: int, page_size: i
     return _Made(decode, combine, tile.blocks["block_h"], block_n)
 
 
-def split(programs: int, keys: int, processors: int) -> int:
-    """How many splits fill `processors` (two programs on each) when one split takes `programs`, of at most `keys` keys.
+def split(programs: int, keys: int, processors: int, least: int = _SPLIT_KEYS) -> int:
+    """How many splits fill `processors` (two programs on each) when one split takes `programs`, of at most `keys` keys
+    and of `least` at least.
 
     Known without reading a length, so that the grid is static and a CUDA graph can be replayed with other lengths; how
     many of them a request uses is decided on the device.
     """
     wanted = -(-2 * processors // programs)
-    return max(1, min(wanted, -(-keys // _SPLIT_KEYS), _MAX_SPLITS))
+    return max(1, min(wanted, -(-keys // least), _MAX_SPLITS))
 
 
 def _kernel(board: Board, q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, causal, num_splits):

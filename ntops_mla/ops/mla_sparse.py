@@ -1,0 +1,374 @@
+"""mla_sparse: absorbed attention of each token over a list of keys of its own in the paged latent cache."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from ntops_mla.board import Board, Needed
+from ntops_mla.kernel import Kernel, within_int32
+from ntops_mla.ops import _check
+from ntops_mla.ops._attention import GATHER_BYTES, joined
+from ntops_mla.ops._op import register
+from ntops_mla.ops.latent_append import LATENT_SIZES
+from ntops_mla.ops.mla_decode import split
+from ntops_mla.platform import Platform, Tile
+
+_NO_KEY = float("-inf")
+
+# Keys that a split has at least, unless the caller says how many splits there are. Fewer than in mla_decode: a token
+# has 2048 at most as a rule, and one request shall fill a board.
+_SPLIT_KEYS = 128
+
+# Of the reference on a CPU, for each thread: bytes gathered at once. What is gathered and its scores stay in the caches
+# then, and are no new pages of memory each time, which cost more than the products.
+_CPU_GATHER_BYTES = 4 << 20
+
+
+def mla_sparse(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    kv_cache: torch.Tensor,
+    pe_cache: torch.Tensor,
+    indices: torch.Tensor,
+    softmax_scale: float,
+    topk_length: torch.Tensor | None = None,
+    num_splits: int | None = None,
+    want_max: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attend over the cached latents that each token's indices name, key and value at once, all heads sharing them.
+
+    s[j] = softmax_scale (q_nope . kv_cache[i_j] + q_pe . pe_cache[i_j]);  out = softmax(s) kv_cache;
+    lse = log sum exp(s);  max_logits = max(s)
+
+    q_nope: `[B, s_q, H, C]`, already absorbed (C = 512 or 256). q_pe: `[B, s_q, H, R]`. kv_cache: `[pages, page_size,
+    C]`, pe_cache: `[pages, page_size, R]`, pages of any size and of any strides. indices: int32 `[B, s_q, topk]`, page
+    * page_size + slot; one below 0 or past the last page is no key, one that occurs twice counts twice. topk_length:
+    int32 `[B, s_q]`, how many of the indices count, from the first on (below 0: none; above topk: all), or None: all.
+    What no index names is never read. num_splits: parts a token's indices are cut into, None: chosen. want_max: whether
+    max_logits is wanted.
+
+    Returns out `[B, s_q, H, C]` of q's dtype (bfloat16, float16, float32; float64 by PyTorch), lse and max_logits
+    float32 `[B, s_q, H]`, natural logarithm; max_logits is empty, `[0]`, unless it is wanted. A token without keys: out
+    0, lse and max_logits -inf. Raises TypeError or ValueError that names the argument. Source: arXiv 2405.04434,
+    section 2.1.2 and appendix C; arXiv 2512.02556, section 2.1; deepseek-ai/FlashMLA flash_mla_sparse_fwd.
+    """
+    return torch.ops.ntops_mla.mla_sparse(
+        q_nope, q_pe, kv_cache, pe_cache, indices, softmax_scale, topk_length, num_splits, want_max
+    )
+
+
+def _check_args(q_nope, q_pe, kv_cache, pe_cache, indices, softmax_scale, topk_length, num_splits, want_max):
+    op = "mla_sparse"
+    _check.tensor(op, "q_nope", q_nope, "[B, s_q, H, C]", 4)
+    _check.dtype(op, "q_nope", q_nope)
+    _check.tensor(op, "q_pe", q_pe, "[B, s_q, H, R]", 4)
+    if q_pe.shape[:3] != q_nope.shape[:3]:
+        raise ValueError(f"{op}: q_pe must be [B, s_q, H, R] like q_nope {list(q_nope.shape)}, got {list(q_pe.shape)}")
+    _check.tensor(op, "kv_cache", kv_cache, "[pages, page_size, C]", 3)
+    _check.size(op, "kv_cache", kv_cache, 2, q_nope.shape[3], "[pages, page_size, C]")
+    if kv_cache.shape[1] < 1:
+        raise ValueError(f"{op}: kv_cache must have a page size of at least 1, got shape {list(kv_cache.shape)}")
+    _check.tensor(op, "pe_cache", pe_cache, "[pages, page_size, R]", 3)
+    _check.size(op, "pe_cache", pe_cache, 2, q_pe.shape[3], "[pages, page_size, R]")
+    if pe_cache.shape[:2] != kv_cache.shape[:2]:
+        raise ValueError(
+            f"{op}: pe_cache must have kv_cache's pages and page size {list(kv_cache.shape[:2])}, "
+            f"got {list(pe_cache.shape[:2])}"
+        )
+    _check.tensor(op, "indices", indices, "[B, s_q, topk]", 3)
+    _check.dtype(op, "indices", indices, (torch.int32,))
+    _check.size(op, "indices", indices, 0, q_nope.shape[0], "[B, s_q, topk]")
+    _check.size(op, "indices", indices, 1, q_nope.shape[1], "[B, s_q, topk]")
+    _check.same(op, "q_nope", q_nope, ("q_pe", q_pe), ("kv_cache", kv_cache), ("pe_cache", pe_cache))
+    _check.same_device(op, "q_nope", q_nope, ("indices", indices))
+    if topk_length is not None:
+        _check.tensor(op, "topk_length", topk_length, "[B, s_q]", 2)
+        _check.dtype(op, "topk_length", topk_length, (torch.int32,))
+        _check.size(op, "topk_length", topk_length, 0, q_nope.shape[0], "[B, s_q]")
+        _check.size(op, "topk_length", topk_length, 1, q_nope.shape[1], "[B, s_q]")
+        _check.same_device(op, "q_nope", q_nope, ("topk_length", topk_length))
+    _check.number(op, "softmax_scale", softmax_scale)
+    if num_splits is not None and (isinstance(num_splits, bool) or not isinstance(num_splits, (int, torch.SymInt))):
+        raise TypeError(f"{op}: num_splits must be None or an integer, got {num_splits!r}")
+    if num_splits is not None and num_splits < 1:
+        raise ValueError(f"{op}: num_splits must be None or at least 1, got {num_splits}")
+    _check.flag(op, "want_max", want_max)
+
+
+def _reference(q_nope, q_pe, kv_cache, pe_cache, indices, softmax_scale, topk_length, num_splits, want_max):
+    batch, s_q, heads, latent = q_nope.shape
+    topk, device = indices.shape[2], q_nope.device
+    out = torch.zeros(batch * s_q, heads, latent, dtype=q_nope.dtype, device=device)
+    lse = torch.full((batch * s_q, heads), _NO_KEY, dtype=torch.float32, device=device)
+    maxima = torch.full_like(lse, _NO_KEY)
+    if out.numel() and topk and kv_cache.shape[0]:
+        cache = joined(kv_cache, pe_cache)
+        caches = (kv_cache, pe_cache) if cache is None else (cache,)
+        # [T, H, C], [T, H, R], [T, topk], [T]
+        q_nope, q_pe, indices = q_nope.flatten(0, 1), q_pe.flatten(0, 1), indices.flatten(0, 1)
+        lengths = None if topk_length is None else topk_length.flatten()
+        room = _CPU_GATHER_BYTES * torch.get_num_threads() if device.type == "cpu" else GATHER_BYTES
+        step = max(1, room // (topk * (latent + q_pe.shape[2]) * q_nope.element_size()))
+        for first in range(0, batch * s_q, step):
+            some = slice(first, first + step)
+            # [t, H, C + R], [t, topk, C + R], [t, topk]
+            q = torch.cat([q_nope[some], q_pe[some]], -1)
+            keys, hidden = _gather(caches, indices[some], None if lengths is None else lengths[some])
+            part, lse[some], maxima[some] = _attend(q, keys, hidden, softmax_scale)
+            out[some] = part[..., :latent]
+    shape = (batch, s_q, heads)
+    return out.view(*shape, latent), lse.view(shape), maxima.view(shape) if want_max else lse.new_empty(0)
+
+
+def _gather(caches, indices, lengths):
+    """Keys `[t, topk, C + R]`, latent and rope side by side, 0 where there is none; which those are, None: nowhere."""
+    pages, page_size, _ = caches[0].shape
+    index = indices.long()
+    hidden = (index < 0) | (index >= pages * page_size)
+    if lengths is not None:
+        hidden |= torch.arange(index.shape[1], device=index.device) >= lengths[:, None]
+    host = index.device.type == "cpu"
+    if host and not hidden.any():
+        hidden = None
+    else:
+        index = index.masked_fill(hidden, 0)
+    parts = [_rows(cache, index.flatten(), page_size) for cache in caches]
+    keys = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    if hidden is not None:
+        # What the cache holds there may be NaN, and 0 x NaN is NaN. Only the CPU can ask for the places: another device
+        # would have to wait for the answer.
+        if host:
+            keys.index_fill_(0, hidden.flatten().nonzero()[:, 0], 0)
+        else:
+            keys.masked_fill_(hidden.flatten()[:, None], 0)
+    return keys.view(*index.shape, -1), hidden
+
+
+def _rows(cache, index, page_size):
+    """cache `[pages, page_size, D]`, rows by page * page_size + slot: `[n, D]`, a copy."""
+    pages, _, width = cache.shape
+    page_stride, slot_stride, column_stride = cache.stride()
+    if page_size == 1:
+        return cache[:, 0].index_select(0, index)
+    if pages == 1:
+        return cache[0].index_select(0, index)
+    steps = page_stride // slot_stride if slot_stride else 0
+    if steps >= page_size and steps * slot_stride == page_stride:
+        # Pages that lie a whole number of slots apart are one list of rows: index_select is the faster copy.
+        rows = cache.as_strided(((pages - 1) * steps + page_size, width), (slot_stride, column_stride))
+        return rows.index_select(0, index if steps == page_size else index + index // page_size * (steps - page_size))
+    return cache[index // page_size, index % page_size]
+
+
+def _attend(q, keys, hidden, scale):
+    """q `[t, H, D]`, keys `[t, topk, D]`, which are the values too, hidden `[t, topk]` or None -> out `[t, H, D]`, lse
+    and the largest score `[t, H]`."""
+    turned = keys.transpose(1, 2)
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and _adds_before_it_rounds():
+        # Two products with matrix instructions are faster than one in float32, and good for 16 bits: the second one
+        # gives what the first one has rounded away.
+        scores = torch.baddbmm(q.new_empty(()), q, turned, beta=0, alpha=scale)
+        rest = torch.baddbmm(scores, q, turned, beta=-1, alpha=scale)
+        scores = scores.float().add_(rest)
+    else:
+        keys = keys.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+        turned = keys.transpose(1, 2)
+        scores = torch.bmm(q.to(keys.dtype), turned).mul_(scale)
+    if hidden is not None:
+        scores.masked_fill_(hidden[:, None], _NO_KEY)
+    most = scores.amax(-1)
+    weights = scores.softmax(-1)
+    # exp(most - lse), without another pass over exponentials
+    lse = most - weights.amax(-1).log_()
+    if hidden is not None:
+        blind = hidden.all(-1)[:, None]
+        weights.masked_fill_(blind[..., None], 0)
+        lse.masked_fill_(blind, _NO_KEY)
+    # All columns of the keys, though the last ones are no value: with a part of each row the product takes longer.
+    return torch.bmm(weights.to(keys.dtype), keys), lse, most
+
+
+@functools.lru_cache(maxsize=1)
+def _adds_before_it_rounds() -> bool:
+    """Whether this CPU's bfloat16 baddbmm adds to its input in float32: tried, as it hangs on PyTorch's libraries."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2, 64, 128, generator=generator).bfloat16() for _ in range(2))
+    exact = torch.bmm(a.float(), b.float().transpose(1, 2))
+    rounded = exact.bfloat16()
+    rest = torch.baddbmm(rounded, a, b.transpose(1, 2), beta=-1)
+    return bool(((rounded.float() + rest.float() - exact).abs() <= exact.abs() * 2**-16 + 1e-5).all())
+
+
+def _fake(q_nope, q_pe, kv_cache, pe_cache, indices, softmax_scale, topk_length, num_splits, want_max):
+    shape, device = q_nope.shape[:3], q_nope.device
+    out = torch.empty(q_nope.shape, dtype=q_nope.dtype, device=device)
+    lse = torch.empty(shape, dtype=torch.float32, device=device)
+    return out, lse, torch.empty(shape if want_max else 0, dtype=torch.float32, device=device)
+
+
+def _key(q_nope, q_pe, kv_cache, pe_cache, indices, softmax_scale, topk_length, num_splits, want_max):
+    return (q_nope.dtype,), (q_nope.shape[3], q_pe.shape[3], q_nope.shape[2])
+
+
+def _supports(platform: Platform, dtypes: tuple, sizes: tuple) -> str | None:
+    latent, rope, _ = sizes
+    if (latent, rope) not in LATENT_SIZES:
+        allowed = " or ".join(f"{c} + {r}" for c, r in LATENT_SIZES)
+        return f"absorbed heads of {latent} + {rope} columns; the kernel takes {allowed}"
+    return None
+
+
+def _tiles(board: Board, dtypes: tuple, sizes: tuple) -> list:
+    latent, _, heads = sizes
+    tile = _tile(board, dtypes[0], latent, heads)
+    return [
+        Needed("mla_sparse", tile, (tile.blocks["block_h"], tile.blocks["block_n"]) if tile else ()),
+        Needed("mla_combine", board.tile("mla_combine", dtypes[0], latent=latent)),
+    ]
+
+
+def _tile(board: Board, dtype: torch.dtype, latent: int, heads: int) -> Tile | None:
+    return board.tile("mla_sparse", dtype, rows=heads, latent=latent)
+
+
+class _Made(NamedTuple):
+    """Both kernels, and the heads and keys of a tile."""
+
+    sparse: Kernel
+    combine: Kernel
+    block_h: int
+    block_n: int
+
+
+@functools.lru_cache(maxsize=256)
+def _made(board: Board, dtype: torch.dtype, latent: int, rope: int, heads: int) -> _Made:
+    tile = _tile(board, dtype, latent, heads)
+    # A part of the columns lies in the latent.
+    sizes = {"block_c": min(tile.blocks["block_c"], latent), "latent": latent, "rope": rope}
+    sparse = board.make("mla_sparse", tile, **sizes)
+    combine = board.make("mla_combine", board.tile("mla_combine", dtype, latent=latent), latent=latent)
+    return _Made(sparse, combine, tile.blocks["block_h"], tile.blocks["block_n"])
+
+
+def _kernel(board: Board, q_nope, q_pe, kv_cache, pe_cache, indices, softmax_scale, topk_length, num_splits, want_max):
+    batch, s_q, heads, latent = q_nope.shape
+    topk, tokens, device = indices.shape[2], batch * s_q, q_nope.device
+    out = torch.empty(batch, s_q, heads, latent, dtype=q_nope.dtype, device=device)
+    lse = torch.empty(batch, s_q, heads, dtype=torch.float32, device=device)
+    maxima = torch.empty(lse.shape if want_max else 0, dtype=torch.float32, device=device)
+    if not out.numel():
+        return out, lse, maxima
+    # [T, H, C], [T, H, R], [T, topk]: views, unless requests lie apart from each other
+    q_nope, q_pe, indices = (within_int32(x.flatten(0, 1), 1) for x in (q_nope, q_pe, indices))
+    kv_cache, pe_cache = _reachable(kv_cache, pe_cache)
+    if topk_length is None:
+        lengths = torch.full((tokens,), topk, dtype=torch.int32, device=device)
+    else:
+        lengths = topk_length.flatten().clamp(0, topk)
+    made = _made(board, q_nope.dtype, latent, q_pe.shape[2], heads)
+    splits, least = num_splits, 1
+    if splits is None:
+        splits = split(tokens * -(-heads // made.block_h), topk, board.processors, _SPLIT_KEYS)
+        least = max(1, _SPLIT_KEYS // made.block_n)
+    inputs = (q_nope, q_pe, kv_cache, pe_cache, indices, lengths, softmax_scale, least)
+    launch(made, inputs, splits, out, lse, maxima if want_max else None)
+    return out, lse, maxima
+
+
+def _reachable(*caches):
+    """The caches with slots that int32 offsets reach from their page: where pages follow each other, as pages of one
+    slot."""
+    if all((cache.shape[1] - 1) * cache.stride(1) < 2**31 for cache in caches):
+        return caches
+    for name, cache in zip(("kv_cache", "pe_cache"), caches):
+        if cache.shape[0] > 1 and cache.stride(0) != cache.shape[1] * cache.stride(1):
+            raise NotImplementedError(
+                f"{name}: slots {cache.stride(1)} elements apart, which int32 offsets do not reach"
+            )
+    return tuple(
+        cache.as_strided((cache.shape[0] * cache.shape[1], 1, cache.shape[2]), (cache.stride(1), 1, cache.stride(2)))
+        for cache in caches
+    )
+
+
+def launch(made: _Made, inputs: tuple, splits: int, out, lse, maxima) -> None:
+    """Both launches; out `[B, s_q, H, C]`, lse and maxima (None: not wanted) `[B, s_q, H]`, all contiguous."""
+    q_nope, q_pe, kv_cache, pe_cache, indices, lengths, softmax_scale, least = inputs
+    tokens, heads, latent = q_nope.shape
+    # All that the launches depend on: to read a shape or a stride costs 0.15 us, and outputs are contiguous.
+    key = (
+        q_nope.dtype, made.block_n, q_nope.shape, q_nope.stride(), q_pe.stride(), kv_cache.shape, kv_cache.stride(),
+        pe_cache.stride(), indices.shape, indices.stride(), softmax_scale, least, splits, maxima is None,
+        q_nope.data_ptr() & 15, q_pe.data_ptr() & 15, kv_cache.data_ptr() & 15, pe_cache.data_ptr() & 15,
+        indices.data_ptr() & 15, lengths.data_ptr() & 15,
+    )  # fmt: skip
+    want_max = maxima is not None
+    rows = (tokens, 1, heads)
+    whole, whole_lse = out.view(*rows, latent), lse.view(rows)
+    if splits == 1:
+        made.sparse(
+            *inputs, want_max, made.block_n, whole, whole_lse, maxima.view(rows) if want_max else whole_lse, key=key
+        )
+        return
+    part = torch.empty(tokens, splits, heads, latent, dtype=torch.float32, device=out.device)
+    part_lse = torch.empty(tokens, splits, heads, dtype=torch.float32, device=out.device)
+    # A split without indices writes nothing.
+    part_max = torch.full_like(part_lse, _NO_KEY) if want_max else part_lse
+    made.sparse(*inputs, want_max, made.block_n, part, part_lse, part_max, key=key)
+    made.combine(part, part_lse[:, :, None], lengths, least, made.block_n, whole, whole_lse, key=key)
+    if want_max:
+        torch.amax(part_max, 1, out=maxima.view(tokens, heads))
+
+
+def _example(
+    device="cpu",
+    dtype=torch.bfloat16,
+    *,
+    tokens=4,
+    heads=16,
+    kv_lora_rank=512,
+    rope=64,
+    page_size=64,
+    s_q=1,
+    topk=48,
+    pages=4,
+    num_splits=None,
+    want_max=False,
+    **_,
+):
+    """Each token has one index less than the one before it that names a key, and at least one."""
+    cache = torch.randn(pages, page_size, kv_lora_rank + rope, device=device, dtype=dtype)
+    indices = torch.randint(pages * page_size, (tokens, s_q, topk), dtype=torch.int32)
+    counts = torch.arange(topk, topk - tokens * s_q, -1).clamp(min=1).view(tokens, s_q, 1)
+    indices = indices.masked_fill(torch.arange(topk) >= counts, -1).to(device)
+    return (
+        torch.randn(tokens, s_q, heads, kv_lora_rank, device=device, dtype=dtype),
+        torch.randn(tokens, s_q, heads, rope, device=device, dtype=dtype),
+        cache[:, :, :kv_lora_rank],
+        cache[:, :, kv_lora_rank:],
+        indices,
+        (kv_lora_rank + rope) ** -0.5,
+        None,
+        num_splits,
+        want_max,
+    )
+
+
+mla_sparse = register(
+    mla_sparse,
+    schema=(
+        "(Tensor q_nope, Tensor q_pe, Tensor kv_cache, Tensor pe_cache, Tensor indices, float softmax_scale, "
+        "Tensor? topk_length=None, int? num_splits=None, bool want_max=False) -> (Tensor, Tensor, Tensor)"
+    ),
+    check=_check_args,
+    fake=_fake,
+    reference=_reference,
+    key=_key,
+    supports=_supports,
+    example=_example,
+    kernel=_kernel,
+    tiles=_tiles,
+)
