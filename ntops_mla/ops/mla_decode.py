@@ -346,7 +346,7 @@ def _tile(board: Board, dtype: torch.dtype, latent: int, page_size: int, rows: i
     return board.tile("mla_decode", dtype, rows=rows, latent=latent, page_size=page_size, causal=int(causal))
 
 
-class _Made(NamedTuple):
+class Made(NamedTuple):
     """Both kernels, and the rows and keys of a tile."""
 
     decode: Kernel
@@ -356,14 +356,14 @@ class _Made(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _made(board: Board, dtype: torch.dtype, latent: int, rope: int, page_size: int, rows: int, causal: bool) -> _Made:
+def _made(board: Board, dtype: torch.dtype, latent: int, rope: int, page_size: int, rows: int, causal: bool) -> Made:
     tile = _tile(board, dtype, latent, page_size, rows, causal)
     # A tile of keys lies in one page, a part of the columns in the latent.
     block_n, block_c = min(tile.blocks["block_n"], page_size), min(tile.blocks["block_c"], latent)
     sizes = {"page_size": page_size, "latent": latent, "rope": rope}
     decode = board.make("mla_decode", tile, block_n=block_n, block_c=block_c, **sizes)
     combine = board.make("mla_combine", board.tile("mla_combine", dtype, latent=latent), latent=latent)
-    return _Made(decode, combine, tile.blocks["block_h"], block_n)
+    return Made(decode, combine, tile.blocks["block_h"], block_n)
 
 
 def split(programs: int, keys: int, processors: int, least: int = _SPLIT_KEYS) -> int:
@@ -375,6 +375,13 @@ def split(programs: int, keys: int, processors: int, least: int = _SPLIT_KEYS) -
     """
     wanted = -(-2 * processors // programs)
     return max(1, min(wanted, -(-keys // least), _MAX_SPLITS))
+
+
+def plan(board: Board, made: Made, batch: int, rows: int, keys: int, num_splits: int | None) -> tuple[int, int]:
+    """How many splits each request's `keys` at most are cut into, and the blocks of keys that one has at least."""
+    if num_splits is not None:
+        return num_splits, 1
+    return split(batch * -(-rows // made.block_h), keys, board.processors), max(1, _SPLIT_KEYS // made.block_n)
 
 
 def _kernel(board: Board, q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, causal, num_splits):
@@ -393,20 +400,22 @@ def _kernel(board: Board, q_nope, q_pe, kv_cache, pe_cache, block_table, seq_len
             )
     causal = causal and s_q > 1
     made = _made(board, q_nope.dtype, latent, q_pe.shape[3], page_size, rows, causal)
-    splits, least = num_splits, 1
-    if splits is None:
-        splits = split(batch * -(-rows // made.block_h), block_table.shape[1] * page_size, board.processors)
-        least = max(1, _SPLIT_KEYS // made.block_n)
-    part = part_lse = None
-    if splits > 1:
-        part = torch.empty(batch, splits, rows, latent, dtype=torch.float32, device=device)
-        part_lse = torch.empty(batch, splits, s_q, heads, dtype=torch.float32, device=device)
+    splits, least = plan(board, made, batch, rows, block_table.shape[1] * page_size, num_splits)
     inputs = (q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, least)
-    launch(made, inputs, causal, splits, out, lse, part, part_lse)
+    launch(made, inputs, causal, splits, out, lse, *parts(out, splits))
     return out, lse
 
 
-def launch(made: _Made, inputs: tuple, causal: bool, splits: int, out, lse, part, part_lse) -> None:
+def parts(out: torch.Tensor, splits: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Room for the splits' results, where there are several: `[B, splits, s_q * H, C]`, `[B, splits, s_q, H]`."""
+    if splits == 1:
+        return None, None
+    batch, s_q, heads, latent = out.shape
+    part = torch.empty(batch, splits, s_q * heads, latent, dtype=torch.float32, device=out.device)
+    return part, torch.empty(batch, splits, s_q, heads, dtype=torch.float32, device=out.device)
+
+
+def launch(made: Made, inputs: tuple, causal: bool, splits: int, out, lse, part, part_lse) -> None:
     """Both launches, into buffers that are there; part: `[B, splits, s_q * H, C]`, part_lse: `[B, splits, s_q, H]`."""
     q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, least = inputs
     # All that the launches depend on: to read a shape or a stride costs 0.15 us, and outputs are contiguous.
@@ -417,12 +426,19 @@ def launch(made: _Made, inputs: tuple, causal: bool, splits: int, out, lse, part
         q_nope.data_ptr() & 15, q_pe.data_ptr() & 15, kv_cache.data_ptr() & 15, pe_cache.data_ptr() & 15,
         block_table.data_ptr() & 15, seq_lens.data_ptr() & 15,
     )  # fmt: skip
+    launch_split(made, (*inputs, causal, made.block_n), key, seq_lens, least, splits, out, lse, part, part_lse)
+
+
+def launch_split(
+    made: Made, inputs: tuple, key: tuple, seq_lens, least: int, splits: int, out, lse, part, part_lse
+) -> None:
+    """`made.decode(*inputs, out, lse)`, and with several splits `made.combine` of them."""
     # [B, s_q, H]
     lse_rows = lse.transpose(1, 2)
     if splits == 1:
-        made.decode(*inputs, causal, made.block_n, out.flatten(1, 2)[:, None], lse_rows[:, None], key=key)
+        made.decode(*inputs, out.flatten(1, 2)[:, None], lse_rows[:, None], key=key)
         return
-    made.decode(*inputs, causal, made.block_n, part, part_lse, key=key)
+    made.decode(*inputs, part, part_lse, key=key)
     made.combine(part, part_lse, seq_lens, least, made.block_n, out, lse_rows, key=key)
 
 

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-from ntops_mla.ops import _check
-from ntops_mla.ops._fp8 import LATENT, ROPE, TOKEN_BYTES, dequantize, quantize_into
+from ntops_mla.board import Board, Needed
+from ntops_mla.kernel import within_int32
+from ntops_mla.ops import _check, _inspect
+from ntops_mla.ops._fp8 import GROUPS, LATENT, ROPE, TOKEN_BYTES, dequantize, quantize_into
 from ntops_mla.ops._op import register
-from ntops_mla.ops.mla_decode import Paged, attend_paged, check_numbers, check_queries, check_requests
-from ntops_mla.platform import Platform
+from ntops_mla.ops.mla_decode import (
+    Made,
+    Paged,
+    attend_paged,
+    check_numbers,
+    check_queries,
+    check_requests,
+    launch_split,
+    parts,
+    plan,
+)
+from ntops_mla.platform import Platform, Tile
 
 _PAGE_SIZES = (16, 32, 64, 128)
 _SHAPE = f"[pages, page_size, {TOKEN_BYTES}]"
@@ -79,6 +93,10 @@ def _check_args(q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causa
     _check.flag(op, "causal", causal)
 
 
+def _look(q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal, num_splits):
+    _inspect.table("mla_decode_fp8", block_table, seq_lens, *cache.shape[:2])
+
+
 def _reference(q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal, num_splits):
     rows = cache.view(torch.uint8)
 
@@ -104,6 +122,66 @@ def _supports(platform: Platform, dtypes: tuple, sizes: tuple) -> str | None:
     if sizes[2] not in _PAGE_SIZES:
         return f"pages of {sizes[2]} slots; the kernel takes {', '.join(map(str, _PAGE_SIZES))}"
     return None
+
+
+def _tiles(board: Board, dtypes: tuple, sizes: tuple) -> list:
+    heads, s_q, page_size, causal = sizes
+    tile = _tile(board, dtypes[0], page_size, heads * s_q, causal and s_q > 1)
+    products = (tile.blocks["block_h"], min(tile.blocks["block_n"], page_size)) if tile else ()
+    return [
+        Needed("mla_decode_fp8", tile, products),
+        Needed("mla_combine", board.tile("mla_combine", dtypes[0], latent=LATENT)),
+    ]
+
+
+def _tile(board: Board, dtype: torch.dtype, page_size: int, rows: int, causal: bool) -> Tile | None:
+    return board.tile("mla_decode_fp8", dtype, rows=rows, page_size=page_size, causal=int(causal))
+
+
+@functools.lru_cache(maxsize=1024)
+def _made(board: Board, dtype: torch.dtype, page_size: int, rows: int, causal: bool) -> Made:
+    tile = _tile(board, dtype, page_size, rows, causal)
+    block_n = min(tile.blocks["block_n"], page_size)  # a tile of keys lies in one page
+    decode = board.make("mla_decode_fp8", tile, block_n=block_n, page_size=page_size)
+    combine = board.make("mla_combine", board.tile("mla_combine", dtype, latent=LATENT), latent=LATENT)
+    return Made(decode, combine, tile.blocks["block_h"], block_n)
+
+
+def split_views(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`[pages, page_size, 656]` -> as the kernels read it: codes uint8 `[pages, page_size, 512]`, scales float32
+    `[pages, page_size, 4]`, and each page's bytes as bfloat16, `[pages, page_size * 328]`.
+    """
+    pages, page_size, _ = cache.shape
+    # Of one page or one slot the stride says nothing, and need not suit the wider element types.
+    page = cache.stride(0) if pages > 1 else page_size * TOKEN_BYTES
+    rows = cache.view(torch.uint8).as_strided((pages, page_size, TOKEN_BYTES), (page, TOKEN_BYTES, 1))
+    scales = rows[..., LATENT : LATENT + 4 * GROUPS].view(torch.float32)
+    return rows[..., :LATENT], scales, rows.flatten(1).view(torch.bfloat16)
+
+
+def _kernel(board: Board, q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal, num_splits):
+    batch, s_q, heads, _ = q_nope.shape
+    page_size, rows = cache.shape[1], s_q * heads
+    out = torch.empty(q_nope.shape, dtype=q_nope.dtype, device=q_nope.device)
+    lse = torch.empty(batch, heads, s_q, dtype=torch.float32, device=q_nope.device)
+    if not out.numel():
+        return out, lse
+    q_nope, q_pe = (within_int32(q, 1, 2) for q in (q_nope, q_pe))
+    causal = causal and s_q > 1
+    made = _made(board, q_nope.dtype, page_size, rows, causal)
+    splits, least = plan(board, made, batch, rows, block_table.shape[1] * page_size, num_splits)
+    # All that the launches depend on; outputs are contiguous, and the parts of the cache hang on the whole.
+    key = (
+        q_nope.dtype, made.block_n, q_nope.shape, q_nope.stride(), q_pe.stride(), cache.shape, cache.stride(),
+        block_table.shape, block_table.stride(), seq_lens.stride(), softmax_scale, least, causal, splits,
+        q_nope.data_ptr() & 15, q_pe.data_ptr() & 15, cache.data_ptr() & 15, block_table.data_ptr() & 15,
+        seq_lens.data_ptr() & 15,
+    )  # fmt: skip
+    hardware = made.decode.parameters["hardware"]
+    inputs = (q_nope, q_pe, *split_views(cache), block_table, seq_lens, softmax_scale, least)
+    constants = (causal, made.block_n, hardware)
+    launch_split(made, (*inputs, *constants), key, seq_lens, least, splits, out, lse, *parts(out, splits))
+    return out, lse
 
 
 def _example(
@@ -139,4 +217,7 @@ mla_decode_fp8 = register(
     key=_key,
     supports=_supports,
     example=_example,
+    kernel=_kernel,
+    tiles=_tiles,
+    look=_look,
 )
