@@ -4,6 +4,8 @@ import torch
 
 from ntops_mla import dispatch, ops
 from ntops_mla.testing import DECODE_LSE, DECODE_OUT, PREFILL_LSE, PREFILL_OUT, Float64MLA, assert_close
+from tests.test_mla_sparse import TOLERANCES as SPARSE
+from tests.test_mla_sparse import check_results, sparse64
 from tests.test_ops import HALF, LSE, SINGLE, decode64, prefill64
 
 DTYPES = (torch.float32, *HALF)
@@ -32,6 +34,12 @@ def check_prefill(args, causal=True):
     expected_out, expected_lse = prefill64(*args, causal=causal)
     check_attention(out.transpose(0, 1), lse, expected_out.transpose(0, 1), expected_lse, args[0].dtype, PREFILL)
     return out, lse
+
+
+def check_sparse(args, num_splits=None):
+    results = by_kernel(ops.mla_sparse, *args, num_splits=num_splits, want_max=True)
+    check_results(results, sparse64(*args), args[0].dtype, SPARSE[args[0].dtype])
+    return results
 
 
 def check_attention(out, lse, expected_out, expected_lse, dtype, tolerances):
