@@ -35,6 +35,7 @@ _COMMON: dict[str, tuple[dict[str, int], ...]] = {
         {"heads": 64, "s_q": 2},
     ),
     "mla_prefill": ({"heads": 16}, {"heads": 16, "nope": 192, "v": 256}),
+    "mla_sparse": ({"heads": 16}, {"heads": 32}, {"heads": 128}, {"heads": 40, "kv_lora_rank": 256, "rope": 32}),
 }
 _REST: dict[str, tuple[dict[str, int], ...]] = {
     "rms_norm": ({"kv_lora_rank": 256}, {"kv_lora_rank": 16384}),
@@ -50,6 +51,7 @@ _REST: dict[str, tuple[dict[str, int], ...]] = {
     )
     + ({"heads": 8, "s_q": 2}, {"heads": 16, "s_q": 2}, {"heads": 16, "kv_lora_rank": 256, "rope": 32}),
     "mla_prefill": (),
+    "mla_sparse": ({"heads": 16, "kv_lora_rank": 256, "rope": 32},),
 }
 
 
@@ -99,6 +101,8 @@ def compile_case(case: Case) -> list[tuple[dict[str, Any], Compiled | None, str]
             op.spec.kernel(board, *args[:-1], 4)
         if case.op == "mla_prefill":
             op.spec.kernel(board, *args[:-1], False)
+        if case.op == "mla_sparse":  # likewise; and with the largest scores
+            op.spec.kernel(board, *args[:-2], 4, True)
     return [_compile(case, triton.__version__, kernel, arguments) for kernel, arguments in launches]
 
 
@@ -115,7 +119,7 @@ def _compile(case: Case, triton_version: str, kernel: kernels.Kernel, args: tupl
         "sizes": case.sizes,
         # a split's part is float32, a result has the inputs' dtype
         "causal": args[8] if kernel.name in ("mla_decode", "mla_prefill") else None,
-        "split": args[10].dtype == torch.float32 if kernel.name == "mla_decode" else None,
+        "split": args[10].dtype == torch.float32 if kernel.name in ("mla_decode", "mla_sparse") else None,
         "tile": {**kernel.parameters, "num_warps": kernel.num_warps, "num_stages": kernel.num_stages},
     }
     try:

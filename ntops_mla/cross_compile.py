@@ -210,7 +210,7 @@ def least_products(kernel: Kernel, target: Target, dtype: torch.dtype, asynchron
     A kernel that compiles to a bare trap has no spills: this is what tells. Exact float32 products use none.
     """
     blocks = kernel.parameters
-    if kernel.name == "mla_decode":
+    if kernel.name in ("mla_decode", "mla_sparse"):
         elements = blocks["block_h"] * blocks["block_n"] * (2 * blocks["latent"] + blocks["rope"])
     elif kernel.name == "mla_prefill":
         elements = blocks["block_m"] * blocks["block_n"] * (blocks["qk_width"] + blocks["v_width"])

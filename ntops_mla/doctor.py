@@ -43,6 +43,12 @@ _CALLS: dict[str, tuple[dict[str, int], ...]] = {
         {"heads": 8, "keys": 70, "s_q": 2},
         {"heads": 16, "keys": 70, "kv_lora_rank": 256, "rope": 32},
     ),
+    "mla_sparse": (
+        {"heads": 16, "topk": 150, "num_splits": 3, "want_max": True},
+        {"heads": 20, "topk": 70, "page_size": 61},
+        {"heads": 128, "topk": 70, "page_size": 1, "pages": 100},
+        {"heads": 16, "topk": 70, "kv_lora_rank": 256, "rope": 32},
+    ),
     "mla_prefill": ({"heads": 2, "tokens": 40}, {"heads": 2, "tokens": 40, "nope": 192, "v": 256}),
 }
 # As FlashMLA's tests have them for two-byte inputs; exact products in float32 lose some 1e-6
@@ -195,7 +201,7 @@ def small_calls(op_name: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple]]
     """What a small call is, in words, and its arguments, on the CPU."""
     for sizes in _CALLS.get(op_name, ({},)):
         on_cpu = ops.get(op_name).example(torch.device("cpu"), dtype, **sizes)
-        if op_name in ("mla_decode", "mla_prefill"):  # FlashMLA's tolerances are for values around 0.1
+        if op_name in ("mla_decode", "mla_prefill", "mla_sparse"):  # FlashMLA's tolerances are for values around 0.1
             for base in {id(base): base for base in map(_base, filter(_is_float, on_cpu))}.values():
                 base.mul_(0.1)
         said = ", ".join(f"{name} {value}" for name, value in sizes.items())

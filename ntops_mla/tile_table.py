@@ -42,6 +42,7 @@ KERNELS = {
     "latent_append_rope": Form(("block_h",), ("latent",)),
     "mla_decode": Form(("block_h", "block_n", "block_c"), ("rows", "latent", "page_size", "causal")),
     "mla_combine": Form((), ("latent",)),
+    "mla_sparse": Form(("block_h", "block_n", "block_c"), ("rows", "latent")),
     "mla_prefill": Form(("block_m", "block_n"), ("width",)),
 }
 DTYPES = ("bfloat16", "float16", "float32")

@@ -59,6 +59,7 @@ PLATFORM = Platform(
         },
         "mla_decode": {"float32": _WRONG_DOT},
         "mla_prefill": {"float32": _WRONG_DOT},
+        "mla_sparse": {"float32": _WRONG_DOT},
     },
     tiles=(
         _tile("rms_norm", 4, when={"width": (1, 4096)}),
@@ -92,7 +93,7 @@ PLATFORM = Platform(
             name="use_sme",
             values=("1", "0"),
             kind="launch",
-            kernels=("mla_decode", "mla_prefill"),
+            kernels=("mla_decode", "mla_prefill", "mla_sparse"),
             source=f"{_FLAGTREE}/compiler.py: default 0; only the MR (71) supports it",
         ),
     ),

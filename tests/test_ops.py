@@ -69,7 +69,7 @@ def name_of(dtype):
 
 
 def test_the_ops_are_those_of_the_design():
-    assert {"rms_norm", "rope", "latent_append", "mla_decode", "mla_prefill"} <= set(NAMES)
+    assert {"rms_norm", "rope", "latent_append", "mla_decode", "mla_prefill", "mla_sparse"} <= set(NAMES)
 
 
 # rms_norm

@@ -10,6 +10,8 @@ from ntops_mla.devices import detect
 from ntops_mla.testing import assert_close
 from tests.interpreted import numerics
 from tests.interpreted.numerics import DECODE, DTYPES, PREFILL
+from tests.test_mla_sparse import TOLERANCES as SPARSE
+from tests.test_mla_sparse import check_results, sparse_inputs
 from tests.test_ops import ROUNDED, append_inputs, decode64, decode_inputs, prefill64, prefill_inputs, turns
 
 INTERPRETED = interpreter.enabled()
@@ -106,6 +108,10 @@ def arguments(name, dtype):
         args = list(append_inputs(pick(37, 5), 16, dtype, strided=True))
         args[4][2] = -1
         return [*args, 1e-6, torch.randn(len(args[0]), pick(20, 3), 192).to(dtype)[..., 128:]]
+    if name == "mla_sparse":
+        topk, heads = pick(300, 70), pick(20, 3)
+        sizes = {"s_q": 2, "page_size": 61, "pages": 5, "strided": True, "lengths": [topk, 7, topk, 1]}
+        return [*sparse_inputs([topk, 0, 33, 1], topk, heads=heads, dtype=dtype, **sizes), None, True]
     if name == "mla_decode":
         lengths = scaled(300, 0, 1, 77)
         heads = pick(20, 3)
@@ -132,6 +138,8 @@ def check_outcome(name, args, results):
     if name == "mla_decode":
         wanted, results = (expected[0].transpose(1, 2), expected[1]), (results[0].transpose(1, 2), results[1])
         return check_attention(*results, *wanted, dtype, DECODE)
+    if name == "mla_sparse":
+        return check_results([result.cpu() for result in results], expected, dtype, SPARSE[dtype])
     if name == "mla_prefill":
         wanted, results = (expected[0].transpose(0, 1), expected[1]), (results[0].transpose(0, 1), results[1])
         return check_attention(*results, *wanted, dtype, PREFILL)

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from tests.device.on_device import DTYPES, NAMES, check_outcome, on, outcome, pick
+from tests.test_mla_sparse import LAYOUTS as SPARSE_LAYOUTS
+from tests.test_mla_sparse import sparse_inputs
 from tests.test_ops import append_inputs, decode_inputs, name_of, prefill_inputs, turns
 
 pytestmark = pytest.mark.device
@@ -54,6 +56,16 @@ def draw_call(name, draw):
         causal, splits = draw.random() < 0.7, draw.choice([None, None, 1, 2, 3, 5, 11, 64])
         words = f"{lengths}, {sizes}, causal {causal}, {splits} splits"
         return words, [*decode_inputs(lengths, dtype=dtype, **sizes), causal, splits]
+    if name == "mla_sparse":
+        topk, s_q = 1 + a_length(draw), draw.choice([1, 1, 2, 3])
+        counts = [draw.randint(0, topk) for _ in range(s_q * draw.randint(1, pick(12, 3)))]
+        sizes = dict(heads=draw.choice(HEADS), s_q=s_q, layout=draw.choice(SPARSE_LAYOUTS), strided=strided)
+        sizes["page_size"], sizes["pages"] = draw.choice([1, 2, 61, 64, 69, 576]), draw.randint(1, 9)
+        sizes["latent"], sizes["rope"] = draw.choice([(512, 64), (256, 32)])
+        sizes["lengths"] = draw.choice([None, [draw.randint(-1, topk + 1) for _ in counts]])
+        splits, want_max = draw.choice([None, None, 1, 2, 3, 5, 11, 64]), draw.random() < 0.5
+        words = f"{counts} of {topk}, {sizes}, {splits} splits, want_max {want_max}"
+        return words, [*sparse_inputs(counts, topk, dtype=dtype, **sizes), splits, want_max]
     lengths = [min(a_length(draw), pick(600, 40)) for _ in range(draw.randint(1, pick(12, 4)))]
     keys = [draw.choice([n, n + a_length(draw), draw.randrange(n + 1)]) for n in lengths]
     sizes = dict(heads=draw.choice([1, 2, 3, 16]) if pick(True, False) else 2, strided=strided)

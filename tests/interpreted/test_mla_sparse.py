@@ -185,13 +185,14 @@ def test_a_cache_of_more_than_2_to_the_31_elements(shape, beyond_int32):
 
 
 def test_far_apart_queries_and_indices(beyond_int32):
-    """Heads, tokens and indices that int32 offsets do not reach."""
-    q_nope, q_pe, kv, pe, indices, scale, _ = sparse_inputs([5, 3], 8, heads=3, dtype=torch.float16)
+    """Heads, tokens and lists that int32 offsets do not reach."""
+    q_nope, q_pe, kv, pe, indices, scale, _ = sparse_inputs([5, 3, 8], 8, heads=3, dtype=torch.float16)
     far = [beyond_int32(q.shape, (512, 512, 2**30 + 8, 1), q.dtype).copy_(q) for q in (q_nope, q_pe)]
     check_sparse((*far, kv, pe, indices, scale))
-    tokens = [beyond_int32(q.shape, (2**31, 4096, 512, 1), q.dtype).copy_(q) for q in (q_nope, q_pe)]
-    lists = beyond_int32(indices.shape, (2**31, 8, 1), torch.int32).copy_(indices)
-    check_sparse((*tokens, kv, pe, lists, scale), num_splits=2)
+    tokens = [beyond_int32(q.shape, (2**30 + 8, 4096, 512, 1), q.dtype).copy_(q) for q in (q_nope, q_pe)]
+    check_sparse((*tokens, kv, pe, indices, scale), num_splits=2)
+    lists = beyond_int32(indices.shape, (2**30 + 8, 8, 1), torch.int32).copy_(indices)
+    check_sparse((q_nope, q_pe, kv, pe, lists, scale))
 
 
 def test_slots_too_far_apart_are_refused(beyond_int32):
