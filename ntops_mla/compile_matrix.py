@@ -34,6 +34,7 @@ _COMMON: dict[str, tuple[dict[str, int], ...]] = {
         {"heads": 40, "kv_lora_rank": 256, "rope": 32},
         {"heads": 64, "s_q": 2},
     ),
+    "mla_decode_fp8": ({"heads": 16}, {"heads": 32}, {"heads": 128}, {"heads": 64, "s_q": 2}),
     "mla_prefill": ({"heads": 16}, {"heads": 16, "nope": 192, "v": 256}),
     "mla_sparse": ({"heads": 16}, {"heads": 32}, {"heads": 128}, {"heads": 40, "kv_lora_rank": 256, "rope": 32}),
 }
@@ -50,9 +51,18 @@ _REST: dict[str, tuple[dict[str, int], ...]] = {
         {"heads": heads, "page_size": size} for heads, size in itertools.product((16, 32, 128), (16, 32, 128))
     )
     + ({"heads": 8, "s_q": 2}, {"heads": 16, "s_q": 2}, {"heads": 16, "kv_lora_rank": 256, "rope": 32}),
+    "mla_decode_fp8": tuple(
+        {"heads": heads, "page_size": size} for heads, size in itertools.product((16, 32, 128), (16, 32, 128))
+    )
+    + ({"heads": 8, "s_q": 2}, {"heads": 16, "s_q": 2}),
     "mla_prefill": (),
     "mla_sparse": ({"heads": 16, "kv_lora_rank": 256, "rope": 32},),
 }
+
+
+# The arguments that tell a kernel's rows apart: causal, and the output, which is float32 where it is a split's part
+_CAUSAL = {"mla_decode": 8, "mla_prefill": 8, "mla_decode_fp8": 9}
+_OUT = {"mla_decode": 10, "mla_sparse": 10, "mla_decode_fp8": 12}
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,7 @@ def compile_case(case: Case) -> list[tuple[dict[str, Any], Compiled | None, str]
         return []
     with kernels.capture() as launches:
         op.spec.kernel(board, *args)
-        if case.op == "mla_decode":  # the example is short: one split, written by mla_decode itself
+        if case.op in ("mla_decode", "mla_decode_fp8"):  # the example is short: one split, written by itself
             op.spec.kernel(board, *args[:-1], 4)
         if case.op == "mla_prefill":
             op.spec.kernel(board, *args[:-1], False)
@@ -117,9 +127,8 @@ def _compile(case: Case, triton_version: str, kernel: kernels.Kernel, args: tupl
         "triton": triton_version,
         "dtype": dtype_name(case.dtype),
         "sizes": case.sizes,
-        # a split's part is float32, a result has the inputs' dtype
-        "causal": args[8] if kernel.name in ("mla_decode", "mla_prefill") else None,
-        "split": args[10].dtype == torch.float32 if kernel.name in ("mla_decode", "mla_sparse") else None,
+        "causal": args[_CAUSAL[kernel.name]] if kernel.name in _CAUSAL else None,
+        "split": args[_OUT[kernel.name]].dtype == torch.float32 if kernel.name in _OUT else None,
         "tile": {**kernel.parameters, "num_warps": kernel.num_warps, "num_stages": kernel.num_stages},
     }
     try:

@@ -43,6 +43,13 @@ _CALLS: dict[str, tuple[dict[str, int], ...]] = {
         {"heads": 8, "keys": 70, "s_q": 2},
         {"heads": 16, "keys": 70, "kv_lora_rank": 256, "rope": 32},
     ),
+    "mla_decode_fp8": (
+        {"heads": 16, "keys": 150, "num_splits": 3},
+        {"heads": 20, "keys": 70},
+        {"heads": 128, "keys": 70},
+        {"heads": 16, "keys": 40, "page_size": 16},
+        {"heads": 8, "keys": 70, "s_q": 2},
+    ),
     "mla_sparse": (
         {"heads": 16, "topk": 150, "num_splits": 3, "want_max": True},
         {"heads": 20, "topk": 70, "page_size": 61},

@@ -41,6 +41,7 @@ KERNELS = {
     "latent_append": Form((), ("latent",)),
     "latent_append_rope": Form(("block_h",), ("latent",)),
     "mla_decode": Form(("block_h", "block_n", "block_c"), ("rows", "latent", "page_size", "causal")),
+    "mla_decode_fp8": Form(("block_h", "block_n", "hardware"), ("rows", "page_size", "causal")),
     "mla_combine": Form((), ("latent",)),
     "mla_sparse": Form(("block_h", "block_n", "block_c"), ("rows", "latent")),
     "mla_prefill": Form(("block_m", "block_n"), ("width",)),

@@ -37,6 +37,10 @@ _HALF = ("bfloat16", "float16")
 _SMALL = ("sm_86", "sm_89", "sm_120")  # 99 KiB of shared memory
 
 
+_CASTS_FP8 = ("sm_89", "sm_90", "sm_100", "sm_120")
+_NO_FP8 = ("sm_80", "sm_86", "sm_87")
+
+
 _SINCE = ("3.2", None)
 
 
@@ -66,6 +70,19 @@ def _single_decode(warps: int, latent: int, *arch: str) -> Tile:
     return Tile("mla_decode", blocks, warps, 1, _COMPILED, arch, ("float32",), _SINCE, when)
 
 
+def _fp8(block_h: int, block_n: int, warps: int, stages: int, rows: int, *arch: str, **more) -> tuple[Tile, ...]:
+    """mla_decode_fp8, casting by an instruction on the boards that have it, and by bits on the others."""
+    tiles = []
+    for hardware, able in ((1, _CASTS_FP8), (0, _NO_FP8)):
+        of = tuple(name for name in able if not arch or name in arch)
+        blocks = {"block_h": block_h, "block_n": block_n, "hardware": hardware}
+        when = {"rows": (rows, None), **more.get("when", {})}
+        dtypes, triton = more.get("dtypes", _HALF), more.get("triton", ("3.6", None))
+        if of:
+            tiles.append(Tile("mla_decode_fp8", blocks, warps, stages, _COMPILED, of, dtypes, triton, when))
+    return tuple(tiles)
+
+
 # Triton 3.1 does not pipeline a tile of keys that is read twice, and spills in every tile of the attention kernels:
 # they begin with 3.2. 3.3 to 3.5, 3.7 and 3.8 were not tried.
 _LATENT_512 = {"latent": (512, 512)}
@@ -86,6 +103,16 @@ _DECODE = (
     _single_decode(8, 256, "sm_90"),
     _single_decode(4, 256),
     _single_decode(8, 512),
+)
+_DECODE_FP8 = (
+    # Async wgmma; Triton 3.9 spills, and so does 3.6 in float16
+    *_fp8(64, 32, 8, 2, 33, "sm_90", dtypes=("bfloat16",), triton=("3.6", "3.7")),
+    *_fp8(32, 64, 8, 2, 17, "sm_90"),
+    *_fp8(32, 32, 8, 2, 17),
+    *_fp8(16, 16, 4, 2, 1, *_SMALL),
+    # Two programs fit on a processor
+    *_fp8(16, 32, 4, 2, 1),
+    *_fp8(16, 16, 8, 1, 1, dtypes=("float32",)),
 )
 _PREFILL = (
     _prefill(128, 64, 8, 3, 192, "sm_90", "sm_100"),
@@ -141,6 +168,7 @@ PLATFORM = Platform(
         Tile("latent_append_rope", {"block_h": 16}, 4, 1, _COMPILED),
         Tile("mla_combine", {}, 4, 1, _COMPILED),
         *_DECODE,
+        *_DECODE_FP8,
         *_PREFILL,
     ),
     triton_min=Fact("3.1", "derived: 3.0 was not tried; with 3.1 all kernels but attention's compile without spills"),

@@ -73,6 +73,7 @@ def test_every_kernel_is_compiled_for_every_architecture(rows_of, name):
             "rope",
             "latent_append",
             "mla_decode",
+            "mla_decode_fp8",
             "mla_combine",
             "mla_prefill",
             "mla_sparse",

@@ -240,6 +240,10 @@ KERNELS = {
         {"page_size": 16, "block_h": 16, "block_n": 16, "block_c": 256, "latent": 256, "rope": 32},
         {"page_size": 128, "block_h": 16, "block_n": 32, "block_c": 512},
     ],
+    "mla_decode_fp8": [
+        {"page_size": 64, "block_h": 64, "block_n": 32, "hardware": 1},
+        {"page_size": 16, "block_h": 16, "block_n": 16, "hardware": 0},
+    ],
     "mla_sparse": [
         {"block_h": 64, "block_n": 64, "block_c": 512},
         {"block_h": 16, "block_n": 16, "block_c": 256, "latent": 256, "rope": 32},
@@ -260,6 +264,7 @@ LARGE = {
     "latent_append": {"kv_cache", "pe_cache"},
     "latent_append_rope": {"kv_cache", "pe_cache", "q_pe", "q_out"},
     "mla_decode": {"q_nope", "q_pe", "kv_cache", "pe_cache", "out"},
+    "mla_decode_fp8": {"q_nope", "q_pe", "codes", "scales", "pe", "out"},
     "mla_sparse": {"q_nope", "q_pe", "kv_cache", "pe_cache", "indices", "out"},
     "mla_combine": {"part", "out"},
     "mla_prefill": {"q_lo", "q_hi", "k_lo", "k_hi", "v", "out"},

@@ -30,7 +30,7 @@ from tests.fakes.boards import Machine
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "platforms").glob("*.py"))
 NAMES = [file.stem for file in FILES]
-OPS = ("rms_norm", "rope", "latent_append", "mla_decode", "mla_prefill", "mla_sparse")
+OPS = ("rms_norm", "rope", "latent_append", "mla_decode", "mla_decode_fp8", "mla_prefill", "mla_sparse")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -138,6 +138,7 @@ def test_iluvatar_leaves_float32_attention_to_pytorch():
         "rope": "native",
         "latent_append": "native",
         "mla_decode": "reference",
+        "mla_decode_fp8": "reference",
         "mla_prefill": "reference",
         "mla_sparse": "reference",
     }

@@ -10,6 +10,7 @@ from ntops_mla.devices import detect
 from ntops_mla.testing import assert_close
 from tests.interpreted import numerics
 from tests.interpreted.numerics import DECODE, DTYPES, PREFILL
+from tests.test_mla_decode_fp8 import fp8_inputs
 from tests.test_mla_sparse import TOLERANCES as SPARSE
 from tests.test_mla_sparse import check_results, sparse_inputs
 from tests.test_ops import ROUNDED, append_inputs, decode64, decode_inputs, prefill64, prefill_inputs, turns
@@ -112,6 +113,10 @@ def arguments(name, dtype):
         topk, heads = pick(300, 70), pick(20, 3)
         sizes = {"s_q": 2, "page_size": 61, "pages": 5, "strided": True, "lengths": [topk, 7, topk, 1]}
         return [*sparse_inputs([topk, 0, 33, 1], topk, heads=heads, dtype=dtype, **sizes), None, True]
+    if name == "mla_decode_fp8":
+        lengths, heads = scaled(300, 0, 1, 77), pick(20, 3)
+        sizes = {"s_q": 2, "page_size": 16, "layout": "apart", "strided": True}
+        return [*fp8_inputs(lengths, heads=heads, dtype=dtype, **sizes), True, None]
     if name == "mla_decode":
         lengths = scaled(300, 0, 1, 77)
         heads = pick(20, 3)
@@ -135,7 +140,7 @@ def check_outcome(name, args, results):
     for index in {"rope": (1, 2), "latent_append": (2, 3)}.get(name, ()):  # cos and sin are float32 in every op
         exact[index] = args[index]
     expected = getattr(ops, name).reference(*exact)
-    if name == "mla_decode":
+    if name in ("mla_decode", "mla_decode_fp8"):
         wanted, results = (expected[0].transpose(1, 2), expected[1]), (results[0].transpose(1, 2), results[1])
         return check_attention(*results, *wanted, dtype, DECODE)
     if name == "mla_sparse":

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.device.on_device import DTYPES, NAMES, check_outcome, on, outcome, pick
+from tests.test_mla_decode_fp8 import fp8_inputs
 from tests.test_mla_sparse import LAYOUTS as SPARSE_LAYOUTS
 from tests.test_mla_sparse import sparse_inputs
 from tests.test_ops import append_inputs, decode_inputs, name_of, prefill_inputs, turns
@@ -56,6 +57,13 @@ def draw_call(name, draw):
         causal, splits = draw.random() < 0.7, draw.choice([None, None, 1, 2, 3, 5, 11, 64])
         words = f"{lengths}, {sizes}, causal {causal}, {splits} splits"
         return words, [*decode_inputs(lengths, dtype=dtype, **sizes), causal, splits]
+    if name == "mla_decode_fp8":
+        lengths = [a_length(draw) for _ in range(draw.randint(1, pick(12, 4)))]
+        sizes = dict(heads=draw.choice(HEADS), s_q=draw.choice([1, 1, 2, 3, 4]), strided=strided)
+        sizes.update(page_size=draw.choice([16, 32, 64, 128]), layout=draw.choice(["packed", "apart"]))
+        causal, splits = draw.random() < 0.7, draw.choice([None, None, 1, 2, 3, 5, 11, 64])
+        words = f"{lengths}, {sizes}, causal {causal}, {splits} splits"
+        return words, [*fp8_inputs(lengths, dtype=dtype, **sizes), causal, splits]
     if name == "mla_sparse":
         topk, s_q = 1 + a_length(draw), draw.choice([1, 1, 2, 3])
         counts = [draw.randint(0, topk) for _ in range(s_q * draw.randint(1, pick(12, 3)))]

@@ -11,6 +11,7 @@ from ntops_mla.platform import Gate, Markers, Platform, all_platforms, get_platf
 from ntops_mla.platform import unregister_platform as unregister
 from ntops_mla.testing import assert_close
 from tests.interpreted.numerics import DECODE, DTYPES, PREFILL, by_kernel, check_decode, check_prefill
+from tests.test_mla_decode_fp8 import fp8_inputs
 from tests.test_mla_sparse import TOLERANCES as SPARSE
 from tests.test_mla_sparse import sparse_inputs
 from tests.test_ops import (
@@ -46,6 +47,8 @@ def arguments(name, dtype):
         return *args, 1e-6
     if name == "mla_decode":
         return *decode_inputs([37, 0, 5], page_size=16, s_q=2, dtype=dtype), True, 2
+    if name == "mla_decode_fp8":
+        return *fp8_inputs([37, 0, 5], page_size=16, s_q=2, dtype=dtype), True, 2
     if name == "mla_sparse":
         return *sparse_inputs([37, 0, 5, 1], 40, page_size=7, pages=9, s_q=2, dtype=dtype), 2, True
     return *prefill_inputs([5, 0, 18], [7, 2, 17], heads=2, dtype=dtype), True
@@ -54,11 +57,8 @@ def arguments(name, dtype):
 def tolerances(name, dtype, backend):
     """PyTorch's lse on a CPU is less exact than the kernels': tests/test_ops.py says why."""
     decode, prefill = (DECODE, PREFILL) if backend == "kernel" else (DECODE_TOLERANCES, PREFILL_TOLERANCES)
-    return (
-        {"mla_decode": decode, "mla_prefill": prefill, "mla_sparse": SPARSE}[name][dtype]
-        if "mla" in name
-        else (ROUNDED[dtype],)
-    )
+    of = {"mla_decode": decode, "mla_decode_fp8": decode, "mla_prefill": prefill, "mla_sparse": SPARSE}
+    return of[name][dtype] if name in of else (ROUNDED[dtype],)
 
 
 def widened(args, dtype=torch.float64):
@@ -179,7 +179,7 @@ def test_an_ops_own_gate_goes_first(toy, launches):
 
 @pytest.mark.parametrize(
     "name, kernel",
-    [*[(name, name) for name in NAMES], ("mla_decode", "mla_combine"), ("mla_sparse", "mla_combine")],
+    [*[(name, name) for name in NAMES], *((f"mla_{n}", "mla_combine") for n in ("decode", "decode_fp8", "sparse"))],
     ids=lambda value: value,
 )
 def test_without_a_tile_pytorch_runs_and_the_reason_says_so(toy, launches, name, kernel):
@@ -223,6 +223,7 @@ REFUSED = {
     "rope": (lambda: (torch.randn(2, 3, 16), *turns(2, 16)), "16 RoPE columns"),
     "latent_append": (lambda: append_inputs(3, 4, torch.float32, 24, 8), "latents of 24 \\+ 8 columns"),
     "mla_decode": (lambda: decode_inputs([5], page_size=8, dtype=torch.float32), "pages of 8 slots"),
+    "mla_decode_fp8": (lambda: fp8_inputs([5], page_size=8, dtype=torch.float32), "pages of 8 slots"),
     "mla_sparse": (lambda: sparse_inputs([5], 8, latent=24, rope=8, dtype=torch.float32), "heads of 24 \\+ 8 columns"),
     "mla_prefill": (lambda: prefill_inputs([5], dqk=24, dv=16, dtype=torch.float32), "heads of 24 / 16 columns"),
 }

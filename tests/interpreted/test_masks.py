@@ -9,6 +9,7 @@ import torch
 
 from ntops_mla import kernel, kernel_source, ops
 from tests.interpreted.numerics import by_kernel
+from tests.test_mla_decode_fp8 import fp8_inputs
 from tests.test_mla_sparse import sparse_inputs
 from tests.test_ops import append_inputs, clones, decode_inputs, prefill_inputs, tensors, turns
 
@@ -27,6 +28,10 @@ CALLS = {
     "mla_prefill": [
         lambda: prefill_inputs([5, 0, 17, 3], [7, 2, 16, 0], heads=1, dtype=torch.float32),
         lambda: prefill_inputs([3], heads=1, dqk=256, dv=256, dtype=torch.float32),
+    ],
+    "mla_decode_fp8": [
+        lambda: (*fp8_inputs([33, 0], page_size=32, s_q=2, heads=9, dtype=torch.float32), True, 2),
+        lambda: (*fp8_inputs([3], page_size=16, layout="apart", dtype=torch.float32), True, 1),
     ],
     "mla_sparse": [
         lambda: (*sparse_inputs([33, 0], 40, page_size=7, heads=9, lengths=[35, 9], dtype=torch.float32), 2, True),
