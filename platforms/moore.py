@@ -94,6 +94,7 @@ PLATFORM = Platform(
         _tile("mla_decode", 4, _HALF, block_h=16, block_n=32, block_c=512),
         _tile("mla_decode", 4, ("float32",), block_h=16, block_n=16, block_c=512),
         _tile("mla_decode_fp8", 8, _HALF, ("MTT S5000",), {"rows": (17, None)}, block_h=32, block_n=32, hardware=0),
+        _tile("mla_decode_fp8", 4, _HALF, ("MTT S5000",), block_h=16, block_n=16, hardware=0),
         # The same rows and keys as mla_decode's: what is dequantised takes the place of the tile that is loaded there
         _tile("mla_decode_fp8", 4, _HALF, when={"rows": (17, None)}, block_h=32, block_n=16, hardware=0),
         _tile("mla_decode_fp8", 4, _HALF, block_h=16, block_n=32, hardware=0),
