@@ -9,11 +9,14 @@ max_logits float32 `[T, num_splits, H]`, of each split's own keys; `mla_combine`
 are the rows of one matrix, because all of them share the keys. A program takes `block_h` heads and one split of a
 token's indices, `block_n` at a time; with one split it writes the result itself.
 
-- An index that is negative or past the last page, and each one from `lengths` on, is no key: its page is -1, which the
-  load's mask leaves out, so that nothing is read for it and its row is 0. Its score is hidden.
+- An index that is negative or past the last page, and each one from `lengths` on, is no key. Its page or slot is
+  outside the cache, or its page is made -1: the load's mask leaves it out, so that nothing is read for it and its row
+  is 0. Its score is hidden.
 - A tile of keys is loaded once: its first C columns are the values too.
 - The indices of the next tile are loaded before this one is used, so that the loads of two tiles can be in flight.
-- The page size is a number of the call and not of the kernel: one compiled kernel takes caches of any.
+- The page size is a number of the call, so that one compiled kernel takes caches of any. Each thread needs the row of
+  every key that it loads a part of, so that a division by it is done some 16 times a tile and thread. So where pages
+  follow each other without a gap the caller passes them as pages of one slot, and `flat` True: no division is compiled.
 - The page is an int64, the slot within it an int32.
 - A split without indices returns at once and its part of `out`, `lse` and `max_logits` is never written; the first one
   always writes.
@@ -32,8 +35,8 @@ from ninetoothed import Tensor
 
 
 def arrangement(
-    q_nope, q_pe, kv_cache, pe_cache, indices, lengths, softmax_scale, least, want_max, block_n, out, lse, max_logits,
-    block_h, block_c, columns,
+    q_nope, q_pe, kv_cache, pe_cache, indices, lengths, softmax_scale, least, flat, want_max, block_n, out, lse,
+    max_logits, block_h, block_c, columns,
 ):  # fmt: skip
     tokens = lengths.shape[0]
     num_splits = out.shape[1]
@@ -87,6 +90,7 @@ def arrangement(
         lengths_arranged,
         softmax_scale,
         least,
+        flat,
         want_max,
         block_n,
         out_arranged,
@@ -96,8 +100,9 @@ def arrangement(
 
 
 def application(
-    q_nope, q_pe, kv_cache, pe_cache, indices, lengths, softmax_scale, least, want_max, block_n, out, lse, max_logits
-):
+    q_nope, q_pe, kv_cache, pe_cache, indices, lengths, softmax_scale, least, flat, want_max, block_n, out, lse,
+    max_logits,
+):  # fmt: skip
     length = lengths
     token = ntl.cast(lengths.offsets(0), ntl.int64)
     split = lse.offsets(1)
@@ -131,11 +136,14 @@ def application(
     index = indices[token, start]
     for block in range(start, end):
         position = block * block_n + ntl.arange(0, block_n)
-        # Division rounds a negative number one way or another: first what is no key, then the page
-        page = index // page_size
+        page = index
+        slot = ntl.zeros((block_n,), dtype=ntl.int32)
+        if flat == 0:
+            # Of a negative index one of the two is negative, whichever way the division rounds.
+            page = index // page_size
+            slot = index - page * page_size
         seen = (position < length) & (index >= 0) & (page < pages)
-        slot = index - page * page_size
-        page = ntl.cast(ntl.where(seen, page, -1), ntl.int64)
+        page = ntl.cast(ntl.where(position < length, page, -1), ntl.int64)
         # [block_n, block_c]
         k0 = kv_cache[page[:, None], slot[:, None], 0]
         if kv_cache.shape[2] == 2:
@@ -183,6 +191,7 @@ def premake(block_h, block_n, block_c, latent=512, rope=64, dtype=None):
         Tensor(1, name="lengths"),
         Tensor(0, name="softmax_scale"),
         Tensor(0, name="least"),
+        Tensor(0, constexpr=True, name="flat"),
         Tensor(0, constexpr=True, name="want_max"),
         Tensor(0, constexpr=True, name="block_n"),
         Tensor(shape=(None, None, None, latent), name="out"),

@@ -59,10 +59,9 @@ _REST: dict[str, tuple[dict[str, int], ...]] = {
     "mla_sparse": ({"heads": 16, "kv_lora_rank": 256, "rope": 32},),
 }
 
-
-# The arguments that tell a kernel's rows apart: causal, and the output, which is float32 where it is a split's part
+# Where in a kernel's arguments its result and its `causal` are.
+_OUT = {"mla_decode": 10, "mla_sparse": 11, "mla_decode_fp8": 12}
 _CAUSAL = {"mla_decode": 8, "mla_prefill": 8, "mla_decode_fp8": 9}
-_OUT = {"mla_decode": 10, "mla_sparse": 10, "mla_decode_fp8": 12}
 
 
 @dataclass(frozen=True)
@@ -111,8 +110,10 @@ def compile_case(case: Case) -> list[tuple[dict[str, Any], Compiled | None, str]
             op.spec.kernel(board, *args[:-1], 4)
         if case.op == "mla_prefill":
             op.spec.kernel(board, *args[:-1], False)
-        if case.op == "mla_sparse":  # likewise; and with the largest scores
+        if case.op == "mla_sparse":  # likewise; with the largest scores; and with pages apart from each other
             op.spec.kernel(board, *args[:-2], 4, True)
+            for splits in (1, 4):
+                op.spec.kernel(board, *op.example(torch.device("meta"), case.dtype, **case.sizes, gap=1)[:-2], splits)
     return [_compile(case, triton.__version__, kernel, arguments) for kernel, arguments in launches]
 
 
@@ -127,8 +128,10 @@ def _compile(case: Case, triton_version: str, kernel: kernels.Kernel, args: tupl
         "triton": triton_version,
         "dtype": dtype_name(case.dtype),
         "sizes": case.sizes,
+        # a split's part is float32, a result has the inputs' dtype
         "causal": args[_CAUSAL[kernel.name]] if kernel.name in _CAUSAL else None,
         "split": args[_OUT[kernel.name]].dtype == torch.float32 if kernel.name in _OUT else None,
+        "flat": args[8] if kernel.name == "mla_sparse" else None,
         "tile": {**kernel.parameters, "num_warps": kernel.num_warps, "num_stages": kernel.num_stages},
     }
     try:

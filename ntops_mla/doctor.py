@@ -52,7 +52,7 @@ _CALLS: dict[str, tuple[dict[str, int], ...]] = {
     ),
     "mla_sparse": (
         {"heads": 16, "topk": 150, "num_splits": 3, "want_max": True},
-        {"heads": 20, "topk": 70, "page_size": 61},
+        {"heads": 20, "topk": 70, "page_size": 61, "gap": 2},
         {"heads": 128, "topk": 70, "page_size": 1, "pages": 100},
         {"heads": 16, "topk": 70, "kv_lora_rank": 256, "rope": 32},
     ),

@@ -265,7 +265,7 @@ LARGE = {
     "latent_append_rope": {"kv_cache", "pe_cache", "q_pe", "q_out"},
     "mla_decode": {"q_nope", "q_pe", "kv_cache", "pe_cache", "out"},
     "mla_decode_fp8": {"q_nope", "q_pe", "codes", "scales", "pe", "out"},
-    "mla_sparse": {"q_nope", "q_pe", "kv_cache", "pe_cache", "indices", "out"},
+    "mla_sparse": {"q_nope", "q_pe", "kv_cache", "pe_cache", "out"},
     "mla_combine": {"part", "out"},
     "mla_prefill": {"q_lo", "q_hi", "k_lo", "k_hi", "v", "out"},
 }

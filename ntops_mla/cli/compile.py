@@ -53,7 +53,10 @@ def run(args: argparse.Namespace) -> int:
     for case in cases(chosen, [args.op] if args.op else list(ops.names()), args.all):
         for row, compiled, source in compile_case(case):
             identity = json.dumps(
-                [row[key] for key in ("kernel", "arch", "platform", "target", "dtype", "split", "causal", "tile")]
+                [
+                    row[key]
+                    for key in ("kernel", "arch", "platform", "target", "dtype", "split", "causal", "flat", "tile")
+                ]
             )
             if identity in seen:
                 continue

@@ -263,7 +263,7 @@ def _kernel(board: Board, q_nope, q_pe, kv_cache, pe_cache, indices, softmax_sca
         return out, lse, maxima
     # [T, H, C], [T, H, R], [T, topk]: views, unless requests lie apart from each other
     q_nope, q_pe, indices = (within_int32(x.flatten(0, 1), 1) for x in (q_nope, q_pe, indices))
-    kv_cache, pe_cache = _reachable(kv_cache, pe_cache)
+    kv_cache, pe_cache, flat = _flattened(kv_cache, pe_cache)
     if topk_length is None:
         lengths = torch.full((tokens,), topk, dtype=torch.int32, device=device)
     else:
@@ -274,34 +274,33 @@ def _kernel(board: Board, q_nope, q_pe, kv_cache, pe_cache, indices, softmax_sca
         splits = split(tokens * -(-heads // made.block_h), topk, board.processors, _SPLIT_KEYS)
         least = max(1, _SPLIT_KEYS // made.block_n)
     inputs = (q_nope, q_pe, kv_cache, pe_cache, indices, lengths, softmax_scale, least)
-    launch(made, inputs, splits, out, lse, maxima if want_max else None)
+    launch(made, inputs, flat, splits, out, lse, maxima if want_max else None)
     return out, lse, maxima
 
 
-def _reachable(*caches):
-    """The caches with slots that int32 offsets reach from their page: where pages follow each other, as pages of one
-    slot."""
-    if all((cache.shape[1] - 1) * cache.stride(1) < 2**31 for cache in caches):
-        return caches
+def _flattened(*caches):
+    """(the caches, True) as pages of one slot where pages follow each other without a gap, else as they are, False."""
+    pages, page_size, _ = caches[0].shape
+    if all(pages == 1 or page_size == 1 or c.stride(0) == page_size * c.stride(1) for c in caches):
+        rows = (c.stride(0) if page_size == 1 else c.stride(1) for c in caches)
+        shapes = ((pages * page_size, 1, c.shape[2]) for c in caches)
+        return *(c.as_strided(s, (row, 1, c.stride(2))) for c, s, row in zip(caches, shapes, rows)), True
     for name, cache in zip(("kv_cache", "pe_cache"), caches):
-        if cache.shape[0] > 1 and cache.stride(0) != cache.shape[1] * cache.stride(1):
+        if (page_size - 1) * cache.stride(1) >= 2**31:
             raise NotImplementedError(
                 f"{name}: slots {cache.stride(1)} elements apart, which int32 offsets do not reach"
             )
-    return tuple(
-        cache.as_strided((cache.shape[0] * cache.shape[1], 1, cache.shape[2]), (cache.stride(1), 1, cache.stride(2)))
-        for cache in caches
-    )
+    return *caches, False
 
 
-def launch(made: _Made, inputs: tuple, splits: int, out, lse, maxima) -> None:
+def launch(made: _Made, inputs: tuple, flat: bool, splits: int, out, lse, maxima) -> None:
     """Both launches; out `[B, s_q, H, C]`, lse and maxima (None: not wanted) `[B, s_q, H]`, all contiguous."""
     q_nope, q_pe, kv_cache, pe_cache, indices, lengths, softmax_scale, least = inputs
     tokens, heads, latent = q_nope.shape
     # All that the launches depend on: to read a shape or a stride costs 0.15 us, and outputs are contiguous.
     key = (
         q_nope.dtype, made.block_n, q_nope.shape, q_nope.stride(), q_pe.stride(), kv_cache.shape, kv_cache.stride(),
-        pe_cache.stride(), indices.shape, indices.stride(), softmax_scale, least, splits, maxima is None,
+        pe_cache.stride(), indices.shape, indices.stride(), softmax_scale, least, flat, splits, maxima is None,
         q_nope.data_ptr() & 15, q_pe.data_ptr() & 15, kv_cache.data_ptr() & 15, pe_cache.data_ptr() & 15,
         indices.data_ptr() & 15, lengths.data_ptr() & 15,
     )  # fmt: skip
@@ -310,14 +309,21 @@ def launch(made: _Made, inputs: tuple, splits: int, out, lse, maxima) -> None:
     whole, whole_lse = out.view(*rows, latent), lse.view(rows)
     if splits == 1:
         made.sparse(
-            *inputs, want_max, made.block_n, whole, whole_lse, maxima.view(rows) if want_max else whole_lse, key=key
+            *inputs,
+            flat,
+            want_max,
+            made.block_n,
+            whole,
+            whole_lse,
+            maxima.view(rows) if want_max else whole_lse,
+            key=key,
         )
         return
     part = torch.empty(tokens, splits, heads, latent, dtype=torch.float32, device=out.device)
     part_lse = torch.empty(tokens, splits, heads, dtype=torch.float32, device=out.device)
     # A split without indices writes nothing.
     part_max = torch.full_like(part_lse, _NO_KEY) if want_max else part_lse
-    made.sparse(*inputs, want_max, made.block_n, part, part_lse, part_max, key=key)
+    made.sparse(*inputs, flat, want_max, made.block_n, part, part_lse, part_max, key=key)
     made.combine(part, part_lse[:, :, None], lengths, least, made.block_n, whole, whole_lse, key=key)
     if want_max:
         torch.amax(part_max, 1, out=maxima.view(tokens, heads))
@@ -335,12 +341,14 @@ def _example(
     s_q=1,
     topk=48,
     pages=4,
+    gap=0,
     num_splits=None,
     want_max=False,
     **_,
 ):
-    """Each token has one index less than the one before it that names a key, and at least one."""
-    cache = torch.randn(pages, page_size, kv_lora_rank + rope, device=device, dtype=dtype)
+    """Each token has one index less than the one before it that names a key, and at least one. `gap`: slots that lie
+    between two pages."""
+    cache = torch.randn(pages, page_size + gap, kv_lora_rank + rope, device=device, dtype=dtype)[:, :page_size]
     indices = torch.randint(pages * page_size, (tokens, s_q, topk), dtype=torch.int32)
     counts = torch.arange(topk, topk - tokens * s_q, -1).clamp(min=1).view(tokens, s_q, 1)
     indices = indices.masked_fill(torch.arange(topk) >= counts, -1).to(device)

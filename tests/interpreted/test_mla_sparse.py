@@ -20,8 +20,10 @@ def test_heads(heads, dtype):
 
 @pytest.mark.parametrize("num_splits", [1, 2])
 @pytest.mark.parametrize("page_size", [1, 2, 61, 64, 69, 576])
-def test_page_sizes(page_size, num_splits):
-    sizes = {"page_size": page_size, "pages": -(-100 // page_size) + 1}
+@pytest.mark.parametrize("layout", ["joined", "pages padded"])
+def test_page_sizes(layout, page_size, num_splits):
+    """Pages that follow each other and pages that do not are two forms of the kernel."""
+    sizes = {"page_size": page_size, "pages": -(-100 // page_size) + 1, "layout": layout}
     check_sparse(sparse_inputs([35, 3], 35, dtype=torch.bfloat16, **sizes), num_splits=num_splits)
 
 
