@@ -112,8 +112,9 @@ def compile_case(case: Case) -> list[tuple[dict[str, Any], Compiled | None, str]
             op.spec.kernel(board, *args[:-1], False)
         if case.op == "mla_sparse":  # likewise; with the largest scores; and with pages apart from each other
             op.spec.kernel(board, *args[:-2], 4, True)
-            for splits in (1, 4):
-                op.spec.kernel(board, *op.example(torch.device("meta"), case.dtype, **case.sizes, gap=1)[:-2], splits)
+            apart = op.example(torch.device("meta"), case.dtype, tokens=4, **case.sizes, gap=1)
+            op.spec.kernel(board, *apart[:-2], 1, True)
+            op.spec.kernel(board, *apart[:-2], 4, False)
     return [_compile(case, triton.__version__, kernel, arguments) for kernel, arguments in launches]
 
 

@@ -22,7 +22,10 @@ _FLUSH_BYTES = 256 << 20
 
 
 class Load(NamedTuple):
-    """How much a timed call has to do: requests and cached tokens of each in decode, tokens in all other ops."""
+    """How much a timed call has to do: requests and cached tokens of each in decode, tokens in all other ops.
+
+    mla_sparse: as many tokens as decode has requests, with as many keys each.
+    """
 
     batch: int = 64
     keys: int = 2048
@@ -76,8 +79,12 @@ def _range(least: int, greatest: int | None) -> str:
 def arguments(
     case: Case, load: Load, device: torch.device, ragged: bool = False, splits: int | None = None
 ) -> tuple[Any, ...]:
-    """A call of the case's op. ragged: requests of different lengths. splits: of mla_decode's keys, None: chosen."""
+    """A call of the case's op. ragged: requests of different lengths. splits: of the keys, None: chosen."""
     op = ops.get(case.op)
+    if case.op == "mla_sparse":
+        sizes = {"tokens": load.batch, "topk": load.keys, "pages": -(-load.keys * load.batch // 64), **case.call}
+        args = op.example(device, case.dtype, **sizes, ragged=ragged)
+        return *(a * 0.1 if _is_input(a) else a for a in args[:-2]), splits, True
     if case.op != "mla_decode":
         args = op.example(device, case.dtype, tokens=load.tokens, **case.call)
         # FlashMLA's tolerances are for values around 0.1.
@@ -119,7 +126,8 @@ def timed_call(case: Case, load: Load, device: torch.device) -> tuple[Any, ...]:
 def launches(board: Board, case: Case, args: tuple[Any, ...]) -> list[tuple[Kernel, tuple]]:
     """(kernel, arguments) of each launch of a call that is timed; all of them have run once.
 
-    mla_decode is timed with its combine, since its tile decides how many splits there are; mla_combine alone.
+    mla_decode and mla_sparse are timed with their combine, since their tile decides how many splits there are;
+    mla_combine alone.
     """
     with kernels.capture() as made:
         ops.get(case.op).spec.kernel(board, *args)
@@ -135,7 +143,7 @@ def examine(question: Mapping[str, Any]) -> dict[str, Any]:
     op, tile = ops.get(case.op), Tile(case.kernel, source="a candidate of tune", **question["tile"])
     board = with_tile(board_of(platforms.detect(device)), case, tile)
     try:
-        for splits in (None, 3) if case.op == "mla_decode" else (None,):
+        for splits in (None, 3) if case.op in ("mla_decode", "mla_sparse") else (None,):
             on_cpu = arguments(case, _SMALL, torch.device("cpu"), ragged=True, splits=splits)
             args = doctor.moved(on_cpu, device)
             doctor.compare(case.op, on_cpu, args, op.spec.kernel(board, *args))

@@ -37,11 +37,11 @@ _HALF = ("bfloat16", "float16")
 _SMALL = ("sm_86", "sm_89", "sm_120")  # 99 KiB of shared memory
 
 
-_CASTS_FP8 = ("sm_89", "sm_90", "sm_100", "sm_120")
-_NO_FP8 = ("sm_80", "sm_86", "sm_87")
-
+# Which cast from float8_e4m3fn by an instruction
+_CASTS_FP8, _NO_FP8 = ("sm_89", "sm_90", "sm_100", "sm_120"), ("sm_80", "sm_86", "sm_87")
 
 _SINCE = ("3.2", None)
+_SPARSE_SINCE = ("3.6", None)  # older ones were not tried; mla_decode_fp8's likewise
 
 
 def _decode(
@@ -50,6 +50,21 @@ def _decode(
     blocks = {"block_h": block_h, "block_n": block_n, "block_c": block_c}
     when = {"rows": (rows, None), **more.pop("when", {})}
     return Tile("mla_decode", blocks, warps, stages, _COMPILED, arch, _HALF, triton, when)
+
+
+def _sparse(
+    block_h: int,
+    block_n: int,
+    block_c: int,
+    warps: int,
+    stages: int,
+    rows: int,
+    *arch: str,
+    triton=_SPARSE_SINCE,
+    **when,
+) -> Tile:
+    blocks = {"block_h": block_h, "block_n": block_n, "block_c": block_c}
+    return Tile("mla_sparse", blocks, warps, stages, _COMPILED, arch, _HALF, triton, {"rows": (rows, None), **when})
 
 
 def _prefill(block_m: int, block_n: int, warps: int, stages: int, width: int, *arch: str, triton=_SINCE) -> Tile:
@@ -64,6 +79,12 @@ def _single(warps: int, width: int, *arch: str, triton=_SINCE) -> Tile:
     return Tile("mla_prefill", blocks, warps, 1, _COMPILED, arch, ("float32",), triton, when)
 
 
+def _single_sparse(warps: int, latent: int, *arch: str) -> Tile:
+    """mla_sparse in float32, likewise."""
+    blocks, when = {"block_h": 16, "block_n": 16, "block_c": 512}, {"latent": (latent, latent)}
+    return Tile("mla_sparse", blocks, warps, 1, _COMPILED, arch, ("float32",), _SPARSE_SINCE, when)
+
+
 def _single_decode(warps: int, latent: int, *arch: str) -> Tile:
     """mla_decode in float32, likewise."""
     blocks, when = {"block_h": 16, "block_n": 16, "block_c": 512}, {"latent": (latent, latent)}
@@ -76,10 +97,9 @@ def _fp8(block_h: int, block_n: int, warps: int, stages: int, rows: int, *arch: 
     for hardware, able in ((1, _CASTS_FP8), (0, _NO_FP8)):
         of = tuple(name for name in able if not arch or name in arch)
         blocks = {"block_h": block_h, "block_n": block_n, "hardware": hardware}
-        when = {"rows": (rows, None), **more.get("when", {})}
-        dtypes, triton = more.get("dtypes", _HALF), more.get("triton", ("3.6", None))
+        fits = {"dtypes": _HALF, "triton": _SPARSE_SINCE, "when": {"rows": (rows, None)}, **more}
         if of:
-            tiles.append(Tile("mla_decode_fp8", blocks, warps, stages, _COMPILED, of, dtypes, triton, when))
+            tiles.append(Tile("mla_decode_fp8", blocks, warps, stages, _COMPILED, of, **fits))
     return tuple(tiles)
 
 
@@ -113,6 +133,21 @@ _DECODE_FP8 = (
     # Two programs fit on a processor
     *_fp8(16, 32, 4, 2, 1),
     *_fp8(16, 16, 8, 1, 1, dtypes=("float32",)),
+)
+_SPARSE = (
+    # Async wgmma. Triton 3.9 spills in every tile of 64 rows, 3.6 with 64 keys.
+    _sparse(64, 32, 512, 8, 2, 33, "sm_90", triton=("3.6", "3.7"), latent=(512, 512)),
+    _sparse(64, 32, 256, 8, 2, 33, "sm_80", "sm_87", triton=("3.9", None), latent=(512, 512)),
+    _sparse(32, 32, 256, 8, 2, 17, latent=(256, 256)),
+    # A thread holds the addresses of its share of the keys: with one accumulator of 512 columns they spill where pages
+    # lie apart from each other. Three stages keep two tiles of keys in flight.
+    _sparse(32, 64, 256, 8, 3, 17, "sm_90", "sm_100"),
+    _sparse(32, 64, 256, 8, 2, 17, "sm_80", "sm_87"),
+    _sparse(32, 32, 256, 8, 2, 17, *_SMALL),
+    _sparse(16, 32, 512, 4, 3, 1, "sm_90", "sm_100"),
+    _sparse(16, 32, 512, 4, 2, 1),
+    _single_sparse(8, 512),
+    _single_sparse(4, 256),
 )
 _PREFILL = (
     _prefill(128, 64, 8, 3, 192, "sm_90", "sm_100"),
@@ -169,6 +204,7 @@ PLATFORM = Platform(
         Tile("mla_combine", {}, 4, 1, _COMPILED),
         *_DECODE,
         *_DECODE_FP8,
+        *_SPARSE,
         *_PREFILL,
     ),
     triton_min=Fact("3.1", "derived: 3.0 was not tried; with 3.1 all kernels but attention's compile without spills"),

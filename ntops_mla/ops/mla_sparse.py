@@ -342,15 +342,17 @@ def _example(
     topk=48,
     pages=4,
     gap=0,
+    ragged=True,
     num_splits=None,
     want_max=False,
     **_,
 ):
-    """Each token has one index less than the one before it that names a key, and at least one. `gap`: slots that lie
+    """ragged: each token has one index less than the one before it that names a key, and at least one. gap: slots
     between two pages."""
     cache = torch.randn(pages, page_size + gap, kv_lora_rank + rope, device=device, dtype=dtype)[:, :page_size]
     indices = torch.randint(pages * page_size, (tokens, s_q, topk), dtype=torch.int32)
-    counts = torch.arange(topk, topk - tokens * s_q, -1).clamp(min=1).view(tokens, s_q, 1)
+    counts = torch.arange(topk, topk - tokens * s_q, -1) if ragged else torch.full((tokens * s_q,), topk)
+    counts = counts.clamp(min=1).view(tokens, s_q, 1)
     indices = indices.masked_fill(torch.arange(topk) >= counts, -1).to(device)
     return (
         torch.randn(tokens, s_q, heads, kv_lora_rank, device=device, dtype=dtype),
