@@ -42,6 +42,7 @@ PLATFORM = Platform(
         _tile("mla_decode", block_h=16, block_n=16, block_c=256),
         _tile("mla_sparse", block_h=16, block_n=16, block_c=256),
         _tile("mla_decode_fp8", block_h=16, block_n=16, hardware=0),
+        _tile("mla_sparse_fp8", block_h=16, block_n=16, hardware=0),
         _tile("mla_combine"),
         _tile("mla_prefill", block_m=16, block_n=16),
     ),

@@ -14,13 +14,12 @@ from tests.test_ops import DECODE, DECODE_TOLERANCES, DTYPES, HALF, META, decode
 TOLERANCES = {dtype: (FP8_OUT if dtype in HALF else out, lse) for dtype, (out, lse) in DECODE_TOLERANCES.items()}
 
 
-def fp8_inputs(lengths, *, dtype, any_scale=False, layout="packed", codes=torch.uint8, **kwargs):
-    """decode_inputs over 656 bytes a token, all of them 255 (NaN as code, scale and rope column) where nothing is.
+def packed(kv, pe, any_scale=False, layout="packed", codes=torch.uint8):
+    """`[pages, page_size, 512 | 64]` as 656 bytes a token, each of them 255 (NaN as code, scale and rope column) where
+    pe is NaN.
 
     any_scale: scales that are no powers of two, each group's its own.
     """
-    kwargs.setdefault("page_size", 64)
-    q_nope, q_pe, kv, pe, table, seq_lens, scale = decode_inputs(lengths, dtype=dtype, **kwargs)
     pages, page_size, _ = kv.shape
     used = ~pe.isnan().any(-1)
     rows = torch.empty(int(used.sum()), _fp8.TOKEN_BYTES, dtype=torch.uint8)
@@ -32,7 +31,13 @@ def fp8_inputs(lengths, *, dtype, any_scale=False, layout="packed", codes=torch.
         room = torch.full((64 + pages * (page_size * _fp8.TOKEN_BYTES + 192),), 255, dtype=torch.uint8)
         cache = room[64:].view(pages, -1)[:, :-192].view(pages, page_size, _fp8.TOKEN_BYTES)
     cache[used] = rows
-    return q_nope, q_pe, cache.view(codes), table, seq_lens, scale
+    return cache.view(codes)
+
+
+def fp8_inputs(lengths, *, dtype, any_scale=False, layout="packed", codes=torch.uint8, **kwargs):
+    """decode_inputs over 656 bytes a token."""
+    q_nope, q_pe, kv, pe, *rest = decode_inputs(lengths, dtype=dtype, **kwargs)
+    return q_nope, q_pe, packed(kv, pe, any_scale, layout, codes), *rest
 
 
 def fp8_64(q_nope, q_pe, cache, table, seq_lens, scale, causal=True):

@@ -6,6 +6,7 @@ from ntops_mla.ops.mla_decode import mla_decode
 from ntops_mla.ops.mla_decode_fp8 import mla_decode_fp8
 from ntops_mla.ops.mla_prefill import mla_prefill
 from ntops_mla.ops.mla_sparse import mla_sparse
+from ntops_mla.ops.mla_sparse_fp8 import mla_sparse_fp8
 from ntops_mla.ops.rms_norm import rms_norm
 from ntops_mla.ops.rope import rope
 
@@ -16,6 +17,7 @@ __all__ = [
     "mla_decode_fp8",
     "mla_prefill",
     "mla_sparse",
+    "mla_sparse_fp8",
     "names",
     "rms_norm",
     "rope",

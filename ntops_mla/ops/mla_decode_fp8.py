@@ -67,7 +67,8 @@ def check_fp8(op: str, q_nope: object, q_pe: object, cache: object) -> None:
     _check.tensor(op, "cache", cache, _SHAPE, 3)
     _check.dtype(op, "cache", cache, (torch.uint8, torch.float8_e4m3fn))
     _check.size(op, "cache", cache, 2, TOKEN_BYTES, _SHAPE)
-    _check.page_size(op, "cache", cache.shape[1])
+    if cache.shape[1] < 1:
+        raise ValueError(f"{op}: cache must have a page size of at least 1, got shape {list(cache.shape)}")
     # Of a dimension of one element the stride says nothing.
     pages, page_size, _ = cache.shape
     page, token, byte = cache.stride()
@@ -88,6 +89,7 @@ def check_fp8(op: str, q_nope: object, q_pe: object, cache: object) -> None:
 def _check_args(q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal, num_splits):
     op = "mla_decode_fp8"
     check_fp8(op, q_nope, q_pe, cache)
+    _check.page_size(op, "cache", cache.shape[1])
     check_requests(op, q_nope, block_table, seq_lens)
     check_numbers(op, softmax_scale, num_splits)
     _check.flag(op, "causal", causal)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from ntops_mla.ops import _check
 from ntops_mla.ops._attention import GATHER_BYTES, joined
 from ntops_mla.ops._op import register
 from ntops_mla.ops.latent_append import LATENT_SIZES
-from ntops_mla.ops.mla_decode import split
+from ntops_mla.ops.mla_decode import check_numbers, check_queries, split
 from ntops_mla.platform import Platform, Tile
 
 _NO_KEY = float("-inf")
@@ -62,11 +63,7 @@ def mla_sparse(
 
 def _check_args(q_nope, q_pe, kv_cache, pe_cache, indices, softmax_scale, topk_length, num_splits, want_max):
     op = "mla_sparse"
-    _check.tensor(op, "q_nope", q_nope, "[B, s_q, H, C]", 4)
-    _check.dtype(op, "q_nope", q_nope)
-    _check.tensor(op, "q_pe", q_pe, "[B, s_q, H, R]", 4)
-    if q_pe.shape[:3] != q_nope.shape[:3]:
-        raise ValueError(f"{op}: q_pe must be [B, s_q, H, R] like q_nope {list(q_nope.shape)}, got {list(q_pe.shape)}")
+    check_queries(op, q_nope, q_pe)
     _check.tensor(op, "kv_cache", kv_cache, "[pages, page_size, C]", 3)
     _check.size(op, "kv_cache", kv_cache, 2, q_nope.shape[3], "[pages, page_size, C]")
     if kv_cache.shape[1] < 1:
@@ -78,11 +75,18 @@ def _check_args(q_nope, q_pe, kv_cache, pe_cache, indices, softmax_scale, topk_l
             f"{op}: pe_cache must have kv_cache's pages and page size {list(kv_cache.shape[:2])}, "
             f"got {list(pe_cache.shape[:2])}"
         )
+    _check.same(op, "q_nope", q_nope, ("q_pe", q_pe), ("kv_cache", kv_cache), ("pe_cache", pe_cache))
+    check_lists(op, q_nope, indices, topk_length)
+    check_numbers(op, softmax_scale, num_splits)
+    _check.flag(op, "want_max", want_max)
+
+
+def check_lists(op: str, q_nope: torch.Tensor, indices: object, topk_length: object) -> None:
+    """The indices of each token of q_nope, and how many of them count."""
     _check.tensor(op, "indices", indices, "[B, s_q, topk]", 3)
     _check.dtype(op, "indices", indices, (torch.int32,))
     _check.size(op, "indices", indices, 0, q_nope.shape[0], "[B, s_q, topk]")
     _check.size(op, "indices", indices, 1, q_nope.shape[1], "[B, s_q, topk]")
-    _check.same(op, "q_nope", q_nope, ("q_pe", q_pe), ("kv_cache", kv_cache), ("pe_cache", pe_cache))
     _check.same_device(op, "q_nope", q_nope, ("indices", indices))
     if topk_length is not None:
         _check.tensor(op, "topk_length", topk_length, "[B, s_q]", 2)
@@ -90,23 +94,45 @@ def _check_args(q_nope, q_pe, kv_cache, pe_cache, indices, softmax_scale, topk_l
         _check.size(op, "topk_length", topk_length, 0, q_nope.shape[0], "[B, s_q]")
         _check.size(op, "topk_length", topk_length, 1, q_nope.shape[1], "[B, s_q]")
         _check.same_device(op, "q_nope", q_nope, ("topk_length", topk_length))
-    _check.number(op, "softmax_scale", softmax_scale)
-    if num_splits is not None and (isinstance(num_splits, bool) or not isinstance(num_splits, (int, torch.SymInt))):
-        raise TypeError(f"{op}: num_splits must be None or an integer, got {num_splits!r}")
-    if num_splits is not None and num_splits < 1:
-        raise ValueError(f"{op}: num_splits must be None or at least 1, got {num_splits}")
-    _check.flag(op, "want_max", want_max)
 
 
 def _reference(q_nope, q_pe, kv_cache, pe_cache, indices, softmax_scale, topk_length, num_splits, want_max):
+    together = joined(kv_cache, pe_cache)
+    caches = (kv_cache, pe_cache) if together is None else (together,)
+    pages, page_size, _ = kv_cache.shape
+
+    # Latent and rope columns side by side
+    def rows(index):
+        parts = [_rows(cache, index, page_size) for cache in caches]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    cache = Rows(rows, pages * page_size)
+    return attend_lists(cache, q_nope, q_pe, indices, softmax_scale, topk_length, want_max)
+
+
+class Rows(NamedTuple):
+    """A cache as references read it. gather: index `[n]`, each below `count` -> rows `[n, C + R]` in q's dtype."""
+
+    gather: Callable[[torch.Tensor], torch.Tensor]
+    count: int
+
+
+def attend_lists(
+    cache: Rows,
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    indices: torch.Tensor,
+    softmax_scale: float,
+    topk_length: torch.Tensor | None,
+    want_max: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """mla_sparse in PyTorch, over any cache of rows."""
     batch, s_q, heads, latent = q_nope.shape
     topk, device = indices.shape[2], q_nope.device
     out = torch.zeros(batch * s_q, heads, latent, dtype=q_nope.dtype, device=device)
     lse = torch.full((batch * s_q, heads), _NO_KEY, dtype=torch.float32, device=device)
     maxima = torch.full_like(lse, _NO_KEY)
-    if out.numel() and topk and kv_cache.shape[0]:
-        cache = joined(kv_cache, pe_cache)
-        caches = (kv_cache, pe_cache) if cache is None else (cache,)
+    if out.numel() and topk and cache.count:
         # [T, H, C], [T, H, R], [T, topk], [T]
         q_nope, q_pe, indices = q_nope.flatten(0, 1), q_pe.flatten(0, 1), indices.flatten(0, 1)
         lengths = None if topk_length is None else topk_length.flatten()
@@ -116,18 +142,17 @@ def _reference(q_nope, q_pe, kv_cache, pe_cache, indices, softmax_scale, topk_le
             some = slice(first, first + step)
             # [t, H, C + R], [t, topk, C + R], [t, topk]
             q = torch.cat([q_nope[some], q_pe[some]], -1)
-            keys, hidden = _gather(caches, indices[some], None if lengths is None else lengths[some])
+            keys, hidden = _gather(cache, indices[some], None if lengths is None else lengths[some])
             part, lse[some], maxima[some] = _attend(q, keys, hidden, softmax_scale)
             out[some] = part[..., :latent]
     shape = (batch, s_q, heads)
     return out.view(*shape, latent), lse.view(shape), maxima.view(shape) if want_max else lse.new_empty(0)
 
 
-def _gather(caches, indices, lengths):
+def _gather(cache, indices, lengths):
     """Keys `[t, topk, C + R]`, latent and rope side by side, 0 where there is none; which those are, None: nowhere."""
-    pages, page_size, _ = caches[0].shape
     index = indices.long()
-    hidden = (index < 0) | (index >= pages * page_size)
+    hidden = (index < 0) | (index >= cache.count)
     if lengths is not None:
         hidden |= torch.arange(index.shape[1], device=index.device) >= lengths[:, None]
     host = index.device.type == "cpu"
@@ -135,8 +160,7 @@ def _gather(caches, indices, lengths):
         hidden = None
     else:
         index = index.masked_fill(hidden, 0)
-    parts = [_rows(cache, index.flatten(), page_size) for cache in caches]
-    keys = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    keys = cache.gather(index.flatten())
     if hidden is not None:
         # What the cache holds there may be NaN, and 0 x NaN is NaN. Only the CPU can ask for the places: another device
         # would have to wait for the answer.
@@ -234,7 +258,7 @@ def _tile(board: Board, dtype: torch.dtype, latent: int, heads: int) -> Tile | N
     return board.tile("mla_sparse", dtype, rows=heads, latent=latent)
 
 
-class _Made(NamedTuple):
+class Made(NamedTuple):
     """Both kernels, and the heads and keys of a tile."""
 
     sparse: Kernel
@@ -244,13 +268,29 @@ class _Made(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def _made(board: Board, dtype: torch.dtype, latent: int, rope: int, heads: int) -> _Made:
+def _made(board: Board, dtype: torch.dtype, latent: int, rope: int, heads: int) -> Made:
     tile = _tile(board, dtype, latent, heads)
     # A part of the columns lies in the latent.
     sizes = {"block_c": min(tile.blocks["block_c"], latent), "latent": latent, "rope": rope}
     sparse = board.make("mla_sparse", tile, **sizes)
     combine = board.make("mla_combine", board.tile("mla_combine", dtype, latent=latent), latent=latent)
-    return _Made(sparse, combine, tile.blocks["block_h"], tile.blocks["block_n"])
+    return Made(sparse, combine, tile.blocks["block_h"], tile.blocks["block_n"])
+
+
+def counts(indices: torch.Tensor, topk_length: torch.Tensor | None) -> torch.Tensor:
+    """How many of each token's indices `[T, topk]` count: int32 `[T]`."""
+    tokens, topk = indices.shape
+    if topk_length is None:
+        return torch.full((tokens,), topk, dtype=torch.int32, device=indices.device)
+    return topk_length.flatten().clamp(0, topk)
+
+
+def plan(board: Board, made: Made, tokens: int, heads: int, topk: int, num_splits: int | None) -> tuple[int, int]:
+    """How many splits each token's indices are cut into, and the blocks of them that one has at least."""
+    if num_splits is not None:
+        return num_splits, 1
+    splits = split(tokens * -(-heads // made.block_h), topk, board.processors, _SPLIT_KEYS)
+    return splits, max(1, _SPLIT_KEYS // made.block_n)
 
 
 def _kernel(board: Board, q_nope, q_pe, kv_cache, pe_cache, indices, softmax_scale, topk_length, num_splits, want_max):
@@ -264,15 +304,9 @@ def _kernel(board: Board, q_nope, q_pe, kv_cache, pe_cache, indices, softmax_sca
     # [T, H, C], [T, H, R], [T, topk]: views, unless requests lie apart from each other
     q_nope, q_pe, indices = (within_int32(x.flatten(0, 1), 1) for x in (q_nope, q_pe, indices))
     kv_cache, pe_cache, flat = _flattened(kv_cache, pe_cache)
-    if topk_length is None:
-        lengths = torch.full((tokens,), topk, dtype=torch.int32, device=device)
-    else:
-        lengths = topk_length.flatten().clamp(0, topk)
+    lengths = counts(indices, topk_length)
     made = _made(board, q_nope.dtype, latent, q_pe.shape[2], heads)
-    splits, least = num_splits, 1
-    if splits is None:
-        splits = split(tokens * -(-heads // made.block_h), topk, board.processors, _SPLIT_KEYS)
-        least = max(1, _SPLIT_KEYS // made.block_n)
+    splits, least = plan(board, made, tokens, heads, topk, num_splits)
     inputs = (q_nope, q_pe, kv_cache, pe_cache, indices, lengths, softmax_scale, least)
     launch(made, inputs, flat, splits, out, lse, maxima if want_max else None)
     return out, lse, maxima
@@ -293,10 +327,9 @@ def _flattened(*caches):
     return *caches, False
 
 
-def launch(made: _Made, inputs: tuple, flat: bool, splits: int, out, lse, maxima) -> None:
+def launch(made: Made, inputs: tuple, flat: bool, splits: int, out, lse, maxima) -> None:
     """Both launches; out `[B, s_q, H, C]`, lse and maxima (None: not wanted) `[B, s_q, H]`, all contiguous."""
     q_nope, q_pe, kv_cache, pe_cache, indices, lengths, softmax_scale, least = inputs
-    tokens, heads, latent = q_nope.shape
     # All that the launches depend on: to read a shape or a stride costs 0.15 us, and outputs are contiguous.
     key = (
         q_nope.dtype, made.block_n, q_nope.shape, q_nope.stride(), q_pe.stride(), kv_cache.shape, kv_cache.stride(),
@@ -305,25 +338,23 @@ def launch(made: _Made, inputs: tuple, flat: bool, splits: int, out, lse, maxima
         indices.data_ptr() & 15, lengths.data_ptr() & 15,
     )  # fmt: skip
     want_max = maxima is not None
+    launch_lists(made, (*inputs, flat, want_max, made.block_n), key, lengths, least, splits, out, lse, maxima)
+
+
+def launch_lists(made: Made, inputs: tuple, key: tuple, lengths, least: int, splits: int, out, lse, maxima) -> None:
+    """`made.sparse(*inputs, out, lse, max_logits)`, and with several splits `made.combine` of them."""
+    heads, latent = out.shape[2:]
+    tokens, want_max = lengths.shape[0], maxima is not None
     rows = (tokens, 1, heads)
     whole, whole_lse = out.view(*rows, latent), lse.view(rows)
     if splits == 1:
-        made.sparse(
-            *inputs,
-            flat,
-            want_max,
-            made.block_n,
-            whole,
-            whole_lse,
-            maxima.view(rows) if want_max else whole_lse,
-            key=key,
-        )
+        made.sparse(*inputs, whole, whole_lse, maxima.view(rows) if want_max else whole_lse, key=key)
         return
     part = torch.empty(tokens, splits, heads, latent, dtype=torch.float32, device=out.device)
     part_lse = torch.empty(tokens, splits, heads, dtype=torch.float32, device=out.device)
     # A split without indices writes nothing.
     part_max = torch.full_like(part_lse, _NO_KEY) if want_max else part_lse
-    made.sparse(*inputs, flat, want_max, made.block_n, part, part_lse, part_max, key=key)
+    made.sparse(*inputs, part, part_lse, part_max, key=key)
     made.combine(part, part_lse[:, :, None], lengths, least, made.block_n, whole, whole_lse, key=key)
     if want_max:
         torch.amax(part_max, 1, out=maxima.view(tokens, heads))
