@@ -307,9 +307,11 @@ def test_a_wrong_row_is_not_timed_and_status_1(monkeypatch, capsys, tmp_path):
     assert "MISMATCH: decode b2-q2-k128-h16-causal, ntops_mla" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["combine", "prefill", "append", "norm", "rope", "query"])
+@pytest.mark.parametrize(
+    "kind", ["combine", "prefill", "append", "norm", "rope", "query", "decode_fp8", "sparse", "sparse_prefill"]
+)
 def test_a_wrong_result_of_any_op_is_found(kind):
-    (case,) = cases("quick", (kind,))
+    case, *_ = cases("quick", (kind,))
     problem = problems.make(case, CPU, torch.bfloat16, 0, "quick")
     way = next(way for way in ways.ours(problem) if isinstance(way, ways.Way))
     problem.reset()

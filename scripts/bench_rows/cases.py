@@ -12,7 +12,10 @@ from attention_rows import scenario
 from ntops_mla.config import MLAConfig
 
 SIZES = ("device", "cpu", "quick")
-KINDS = ("decode", "combine", "prefill", "append", "norm", "rope", "query", "module", "parts")
+KINDS = (
+    "decode", "decode_fp8", "sparse", "sparse_prefill", "combine", "prefill", "append", "norm", "rope", "query",
+    "module", "parts",
+)  # fmt: skip
 PAGE = 64
 K = 1024
 
@@ -35,7 +38,8 @@ def cases(size: str, kinds: tuple[str, ...] = KINDS) -> tuple[Case, ...]:
     if size not in SIZES:
         raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
     made = {
-        "decode": _decode, "combine": _combine, "prefill": _prefill, "append": _append, "norm": _norm, "rope": _rope,
+        "decode": _decode, "decode_fp8": _decode_fp8, "sparse": _sparse, "sparse_prefill": _sparse_prefill,
+        "combine": _combine, "prefill": _prefill, "append": _append, "norm": _norm, "rope": _rope,
         "query": _query, "module": _module, "parts": _parts,
     }  # fmt: skip
     if unknown := set(kinds) - set(made):
@@ -76,6 +80,45 @@ def _decode(size: str):
         yield decode_case(count, 1, 4 * K if device else K, heads, True, False, "batch")
     for count in (16, 32, 64, 128) if device else (4, 16, 64):
         yield decode_case(batch, 1, 4 * K if device else K, count, True, False, "heads")
+
+
+def _decode_fp8(size: str):
+    shapes = {
+        "device": tuple((128, 1, context, heads) for context in (4 * K, 32 * K) for heads in (16, 64, 128)),
+        "cpu": ((4, 1, K, 16), (4, 1, 256, 64)),
+        "quick": ((2, 1, 100, 16),),
+    }
+    for batch, s_q, context, heads in shapes[size]:
+        yield dataclasses.replace(decode_case(batch, s_q, context, heads, True, False, "fp8"), kind="decode_fp8")
+
+
+def sparse_case(kind: str, batch: int, s_q: int, context: int, heads: int, topk: int, fp8: bool, group: str) -> Case:
+    """Attention by indices, by its numbers."""
+    words = [f"b{batch}", f"q{s_q}", f"k{context}", f"h{heads}", f"top{topk}"] + (["fp8"] if fp8 else [])
+    numbers = {"batch": batch, "s_q": s_q, "context": context, "heads": heads, "topk": topk, "fp8": fp8}
+    return Case(kind, "-".join(words), numbers, (group,))
+
+
+def _sparse(size: str):
+    shapes = {
+        # DeepSeek-V3.2's, as FlashMLA times them, and one request that has to fill a board
+        "device": tuple((batch, 2, 32 * K, 128, 2048) for batch in (2, 64, 128)) + ((1, 1, 128 * K, 128, 2048),),
+        "cpu": ((4, 1, 4 * K, 16, 512), (4, 2, 4 * K, 64, 512), (2, 1, 4 * K, 128, 2048)),
+        "quick": ((2, 1, 200, 16, 64),),
+    }
+    for shape in shapes[size]:
+        for fp8 in (True, False):
+            yield sparse_case("sparse", *shape, fp8, "sparse")
+
+
+def _sparse_prefill(size: str):
+    shapes = {
+        "device": tuple((1, 4 * K, context, 128, 2048) for context in (8 * K, 32 * K, 128 * K)),
+        "cpu": ((1, 64, 4 * K, 64, 512), (1, 64, 4 * K, 128, 2048)),
+        "quick": ((1, 5, 128, 16, 64),),
+    }
+    for shape in shapes[size]:
+        yield sparse_case("sparse_prefill", *shape, False, "sparse")
 
 
 def _contexts(device: bool) -> tuple[int, ...]:

@@ -38,6 +38,12 @@ def decode(keys: Sequence[int], s_q: int, heads: int, latent: int = 512, rope: i
     return Work(s_q * heads * total * 2 * (width + latent), element * (rows * (width + latent) + total * width))
 
 
+def sparse(tokens: int, topk: int, heads: int, read: int, token_bytes: int, element: int = 2) -> Work:
+    """Each of `tokens` over `topk` keys, of which `read` different ones of `token_bytes` each are read in all."""
+    flop = tokens * topk * heads * 2 * (576 + 512)
+    return Work(flop, read * token_bytes + element * tokens * heads * (576 + 512))
+
+
 def combine(rows: int, splits: int, latent: int = 512, element: int = 2) -> Work:
     """Float32 parts and their lse in, a result and its lse out."""
     return Work(2 * rows * splits * latent, rows * (splits * (latent + 1) * 4 + latent * element + 4))

@@ -18,7 +18,7 @@ from attention_rows.torch_loop import TorchLoop
 from attention_rows.transformers_row import Transformers
 from bench_rows import counting, graphs
 from bench_rows.cases import Case, config_of
-from bench_rows.problems import CHECK_FLOP, Check, chosen, seed_of
+from bench_rows.problem import CHECK_FLOP, Check, chosen, seed_of
 from bench_rows.ways import CALL, GRAPH, OURS, Absent
 from ntops_mla import MLA, LatentCache, dispatch, ops
 from ntops_mla.devices import detect

@@ -1,116 +1,42 @@
-"""The tensors of a case, the work that is in them, and the comparison with float64 on the CPU.
-
-Where float64 over everything would take minutes, a few requests (and, in prefill, heads) are compared, spread over the
-batch; `Check.said` tells which.
-"""
+"""The problems of the ops, by kind."""
 
 from __future__ import annotations
 
 import random
-import zlib
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
 from bench_rows import counting
 from bench_rows.cases import PAGE, Case
-from ntops_mla.testing import (
-    DECODE_LSE,
-    DECODE_OUT,
-    PREFILL_LSE,
-    PREFILL_OUT,
-    Tolerance,
-    assert_close,
-    cos_diff,
+from bench_rows.problem import (
+    CHECK_FLOP,
+    DECODE_SCALE,
+    EPS,
+    LATENT,
+    NOPE,
+    PREFILL_SCALE,
+    ROPE,
+    WIDTH,
+    Problem,
+    V,
+    chosen,
+    seed_of,
 )
+from bench_rows.sparse_problems import FP8_OUT, Sparse, SparsePrefill
+from ntops_mla.ops import _fp8
+from ntops_mla.testing import DECODE_LSE, DECODE_OUT, PREFILL_LSE, PREFILL_OUT, Tolerance
 
-LATENT, ROPE, NOPE, V = 512, 64, 128, 128
-WIDTH = LATENT + ROPE
-# FlashMLA's scale: its tests and some peers know no other.
-DECODE_SCALE = WIDTH**-0.5
-PREFILL_SCALE = (NOPE + ROPE) ** -0.5
-EPS = 1e-6
-# An op without a softmax; what a peer rounds on its way is allowed for.
-ELEMENTS = Tolerance(8e-4, 2.01 / 128, 5e-6)
 # A product of rows that were rounded to two bytes before: each of its terms is off by 2^-9 / sqrt(3) on average, which
 # makes 1.2e-3 of outputs of size 1. Twelve times that, and the output's own rounding, twice where it is scaled after.
 PROJECTED = Tolerance(1.5e-2, 2**-8, 5e-6, both=True)
-# FLOP that a comparison may cost on the CPU: some seconds of float64.
-CHECK_FLOP = {"device": 4e10, "cpu": 4e9, "quick": 4e8}
 _ROWS = 512  # of scores held at once
-
-
-class Check(NamedTuple):
-    """How far a result is from float64, over what, and what is wrong with it (None: nothing)."""
-
-    max_error: float | None
-    cos_diff: float | None
-    said: str
-    fault: str | None
-
-
-def chosen(count: int, budget: float, each: float) -> list[int]:
-    """Which of `count` things are compared when one costs `each` FLOP: at least one, spread from first to last."""
-    many = max(1, min(count, int(budget // max(1, each))))
-    return [0] if many == 1 else sorted({round(i * (count - 1) / (many - 1)) for i in range(many)})
-
-
-def seed_of(case: Case, seed: int) -> int:
-    """The same inputs for a case in every run with the same seed, whatever else is timed."""
-    return (seed + zlib.crc32(f"{case.kind}/{case.name}".encode())) % (1 << 31)
 
 
 def make(case: Case, device: torch.device, dtype: torch.dtype, seed: int, size: str) -> Problem:
     """The problem of an op's case."""
     torch.manual_seed(seed_of(case, seed))
     return PROBLEMS[case.kind](case, device, dtype, CHECK_FLOP[size])
-
-
-class Problem:
-    """`case`, `work`, tensors; `check(result)` compares a result, or a (result, lse), with float64."""
-
-    work: counting.Work
-    tolerance = ELEMENTS
-    lse_tolerance = DECODE_LSE
-
-    def __init__(self, case: Case, device: torch.device, dtype: torch.dtype, budget: float) -> None:
-        self.case, self.device, self.dtype, self.budget = case, device, dtype, budget
-        self._expected: tuple | None = None
-
-    def small(self, *shape: int) -> torch.Tensor:
-        """randn / 10 within +-1, FlashMLA's inputs."""
-        return torch.randn(shape, device=self.device, dtype=self.dtype).div_(10).clamp_(-1, 1)
-
-    def expected(self) -> tuple[torch.Tensor, torch.Tensor | None, str]:
-        """Float64 result and lse of what is compared, and its name."""
-        raise NotImplementedError
-
-    def reset(self) -> None:
-        """Put back what a run changes in its inputs: called before each check."""
-
-    def picked(self, out: torch.Tensor, lse: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The part of a result that is compared."""
-        return out, lse
-
-    def check(self, result: object) -> Check:
-        """Compare; never raises for a wrong result."""
-        if self._expected is None:
-            self._expected = self.expected()
-        want, want_lse, said = self._expected
-        out, lse = result if isinstance(result, tuple) else (result, None)
-        out, lse = self.picked(out, lse)
-        try:
-            assert_close(out, want, self.tolerance, "out")
-            if lse is not None and want_lse is not None:
-                assert_close(lse, want_lse, self.lse_tolerance, "lse")
-            fault = None
-        except AssertionError as error:
-            fault = str(error)
-        out = out.detach().cpu().double()
-        if out.shape != want.shape or not torch.isfinite(out).all():
-            return Check(None, None, said, fault)
-        return Check((out - want).abs().max().item(), cos_diff(out, want), said, fault)
 
 
 class Decode(Problem):
@@ -175,6 +101,29 @@ def _lengths(params, seed: int) -> list[int]:
     drawn = random.Random(seed)
     mean = params["context"]
     return [max(int(drawn.normalvariate(mean, mean / 2)), params["s_q"]) for _ in range(params["batch"])]
+
+
+class DecodeFp8(Decode):
+    """The same over an fp8 cache, uint8 `[pages, 64, 656]`, compared with what its bytes say."""
+
+    tolerance = FP8_OUT
+
+    def __init__(self, case, device, dtype, budget) -> None:
+        super().__init__(case, device, dtype, budget)
+        self.bytes = torch.empty(*self.cache.shape[:2], _fp8.TOKEN_BYTES, dtype=torch.uint8, device=device)
+        _fp8.quantize_into(self.bytes, self.cache[..., :LATENT], self.cache[..., LATENT:])
+        self.cache = _fp8.dequantize(self.bytes, dtype)
+        keys = sum(self.lengths)
+        saved = keys * (WIDTH * self.q.element_size() - _fp8.TOKEN_BYTES)
+        self.work = self.work._replace(bytes=self.work.bytes - saved)
+
+    @property
+    def args(self) -> tuple:
+        """Those of ops.mla_decode_fp8."""
+        q = self.q
+        return (
+            q[..., :LATENT], q[..., LATENT:], self.bytes, self.block_table, self.seq_lens, DECODE_SCALE, self.causal,
+        )  # fmt: skip
 
 
 class Combine(Problem):
@@ -373,4 +322,7 @@ PROBLEMS: dict[str, type[Problem]] = {
     "norm": Norm,
     "rope": Rope,
     "query": Query,
+    "decode_fp8": DecodeFp8,
+    "sparse": Sparse,
+    "sparse_prefill": SparsePrefill,
 }

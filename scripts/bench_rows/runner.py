@@ -11,7 +11,7 @@ import torch
 from bench_rows import modules, problems, tiles, ways
 from bench_rows.cases import Case
 from bench_rows.peers import PEERS
-from bench_rows.problems import Check
+from bench_rows.problem import Check
 from bench_rows.timing import Call, Clock, Spread
 from ntops_mla.board import first_line
 from ntops_mla.devices import device_module, synchronize

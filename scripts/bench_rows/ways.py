@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from bench_rows import graphs
-from bench_rows.problems import EPS, LATENT, ROPE, Problem
+from bench_rows import graphs, sparse_ways
+from bench_rows.problem import EPS, LATENT, ROPE, Problem
 from ntops_mla import ops
 from ntops_mla.board import Board, board_of
 from ntops_mla.devices import detect
@@ -224,6 +224,14 @@ def _query(problem) -> Iterator[Way | Absent]:
     yield from _with_graph(problem, Way("norm folded", CALL, scaled, note=note))
 
 
+def _indexed(problem) -> Iterator[Way | Absent]:
+    run, backend = sparse_ways.call(problem)
+    yield from _with_graph(problem, Way(OURS, CALL, run, backend=backend))
+    if problem.case.kind != "decode_fp8":
+        for name, other in sparse_ways.gathered(problem).items():
+            yield Way(name, CALL, other, note="plain PyTorch, the result alone")
+
+
 def _rotated(x, cos, sin):
     """As a model's own code has it: complex numbers."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
@@ -238,4 +246,7 @@ _WAYS = {
     "norm": _norm,
     "rope": _rope,
     "query": _query,
+    "decode_fp8": _indexed,
+    "sparse": _indexed,
+    "sparse_prefill": _indexed,
 }

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable
 from functools import lru_cache
 
-from bench_rows.problems import Problem
+from bench_rows.problem import Problem
 
 
 @lru_cache(maxsize=64)

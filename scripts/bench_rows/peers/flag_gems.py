@@ -6,7 +6,7 @@ import importlib
 
 from bench_rows.cases import PAGE
 from bench_rows.peers.base import Peer
-from bench_rows.problems import LATENT, WIDTH
+from bench_rows.problem import LATENT, WIDTH
 
 
 class FlagGems(Peer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 from bench_rows.peers.base import Peer
-from bench_rows.problems import NOPE, PREFILL_SCALE, ROPE, V
+from bench_rows.problem import NOPE, PREFILL_SCALE, ROPE, V
 from ntops_mla.ops._attention import widen
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import inspect
 
+import torch
+
 from bench_rows.peers.base import Peer
-from bench_rows.problems import DECODE_SCALE, LATENT, PREFILL_SCALE
+from bench_rows.problem import DECODE_SCALE, LATENT, PREFILL_SCALE
 
 
 class FlashMLA(Peer):
@@ -15,7 +17,7 @@ class FlashMLA(Peer):
     name = "flash_mla"
     module = "flash_mla"
     names = ("get_mla_metadata", "flash_mla_with_kvcache")
-    kinds = ("decode", "prefill")
+    kinds = ("decode", "prefill", "sparse", "sparse_prefill")
     note = "scheduling metadata made before, as its users do once a step"
 
     def unsupported(self, problem):
@@ -23,7 +25,40 @@ class FlashMLA(Peer):
             importlib.import_module("flash_mla"), "flash_attn_varlen_func"
         ):
             return "this flash_mla has no flash_attn_varlen_func"
+        if problem.case.kind == "sparse" and not problem.fp8:
+            return "flash_mla's sparse decode reads fp8 caches alone"
+        if problem.case.kind == "sparse_prefill" and not hasattr(
+            importlib.import_module("flash_mla"), "flash_mla_sparse_fwd"
+        ):
+            return "this flash_mla has no flash_mla_sparse_fwd"
         return None
+
+    def sparse(self, problem):
+        flash_mla = importlib.import_module("flash_mla")
+        batch, s_q, heads, _ = problem.q.shape
+        if _takes_no_arguments(flash_mla.get_mla_metadata):
+            metadata = flash_mla.get_mla_metadata()
+        else:
+            lengths = torch.full((batch,), problem.indices.shape[2], dtype=torch.int32, device=problem.device)
+            metadata = flash_mla.get_mla_metadata(lengths, s_q * heads, 1, heads, True, problem.indices.shape[2])
+        cache = problem.bytes.view(torch.float8_e4m3fn)[:, :, None]
+        args = (problem.q, cache, None, None, LATENT, *metadata)
+        options = {"softmax_scale": DECODE_SCALE, "is_fp8_kvcache": True, "indices": problem.indices}
+
+        def run():
+            out, lse = flash_mla.flash_mla_with_kvcache(*args, **options)
+            return out, lse.transpose(1, 2)
+
+        return run
+
+    def sparse_prefill(self, problem):
+        function = importlib.import_module("flash_mla").flash_mla_sparse_fwd
+
+        def run():
+            out, _, lse = function(*problem.arguments)
+            return out[None], lse[None]
+
+        return run
 
     def decode(self, problem):
         flash_mla = importlib.import_module("flash_mla")

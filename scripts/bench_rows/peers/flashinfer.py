@@ -8,7 +8,7 @@ import torch
 
 from bench_rows.cases import PAGE
 from bench_rows.peers.base import Peer
-from bench_rows.problems import DECODE_SCALE, LATENT, NOPE, PREFILL_SCALE, ROPE, V
+from bench_rows.problem import DECODE_SCALE, LATENT, NOPE, PREFILL_SCALE, ROPE, V
 
 _WORKSPACE = 128 << 20
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench_rows.peers.base import Peer
-from bench_rows.problems import NOPE, ROPE, V
+from bench_rows.problem import NOPE, ROPE, V
 
 
 class SageAttention(Peer):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from bench_rows.peers.base import Peer
-from bench_rows.problems import DECODE_SCALE, LATENT, PREFILL_SCALE, V
+from bench_rows.problem import DECODE_SCALE, LATENT, PREFILL_SCALE, V
 from ntops_mla.ops._attention import widen
 
 
