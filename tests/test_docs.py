@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import platform_pages
-from ntops_mla import platform_page
+from ntops_mla import flash_mla, platform_page
 from ntops_mla.cli import COMMANDS
 from ntops_mla.platform import Fact, all_platforms, get_platform, register_platform, unregister_platform
 
@@ -185,3 +186,19 @@ def test_flags_of_scripts_are_there(page):
         text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "scripts").glob(f"{script}.*"))
         for flag in re.findall(r"--[\w-]+", rest):
             assert flag in made | platforms or f'"{flag}"' in text or f" {flag}" in text, (script, flag)
+
+
+# --- FlashMLA's functions ---
+
+
+@pytest.mark.parametrize("name", [name for name in flash_mla.__all__ if name.islower()])
+def test_every_argument_of_flash_mla_has_a_row(name):
+    text = (ROOT / "docs" / "flash_mla.md").read_text(encoding="utf-8")
+    sections = {heading: body for heading, body in re.findall(r"^## (.*)\n((?:(?!## ).*\n?)*)", text, re.MULTILINE)}
+    (body,) = [body for heading, body in sections.items() if name in heading.split(", ")]
+    rows = [line.split("|")[1].strip().split(", ") for line in body.splitlines() if line.startswith("|")]
+    arguments = {argument for row in rows[2:] for argument in row}
+    wanted = set(inspect.signature(getattr(flash_mla, name)).parameters)
+    assert wanted <= arguments
+    known = {p for f in flash_mla.__all__ if f.islower() for p in inspect.signature(getattr(flash_mla, f)).parameters}
+    assert arguments <= known

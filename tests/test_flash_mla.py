@@ -291,8 +291,10 @@ def test_stale_metadata(change, words):
         ((torch.zeros(3, dtype=torch.int32), 4, 1), "cache_seqlens of 3 requests, got 2"),
         ((torch.zeros(2, dtype=torch.int32), 8, 1), "8 query rows per head of k_cache, got s_q 1 times 4 heads"),
         ((torch.zeros(2, dtype=torch.int32), 4, 1, 8), "num_heads_q 8, got q of 4 heads"),
+        ((torch.zeros(2, dtype=torch.int32), 4, 1, 4, True), "is_fp8_kvcache True, got False"),
+        ((torch.zeros(2, dtype=torch.int32), 4, 1, 4, False, 64), r"topk 64, got None"),
     ],
-    ids=["batch", "rows", "heads"],
+    ids=["batch", "rows", "heads", "fp8", "topk"],
 )
 def test_metadata_of_the_old_form_for_another_call(made, words):
     given = arguments()
@@ -361,8 +363,6 @@ def test_bad_arguments(name, value, error, words):
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("is_fp8_kvcache", True),
-        ("indices", torch.zeros(2, 1, 64, dtype=torch.int32)),
         ("attn_sink", torch.zeros(4)),
         ("extra_k_cache", torch.zeros(2, 64, 1, 576)),
         ("extra_indices_in_kvcache", torch.zeros(2, 1, 64, dtype=torch.int32)),
@@ -370,15 +370,9 @@ def test_bad_arguments(name, value, error, words):
         ("extra_topk_length", torch.zeros(2, dtype=torch.int32)),
     ],
 )
-def test_what_is_not_implemented(name, value):
-    with pytest.raises(NotImplementedError, match=f"flash_mla_with_kvcache: {name}: .*not implemented yet"):
+def test_what_goes_with_indices(name, value):
+    with pytest.raises(ValueError, match=f"flash_mla_with_kvcache: {name} must be None in dense attention"):
         flash_mla.flash_mla_with_kvcache(**{**arguments(), name: value})
-
-
-def test_sparse_prefill_is_not_implemented():
-    zeros = torch.zeros(1, 1, 576)
-    with pytest.raises(NotImplementedError, match=r"sparse attention \(DSA\) is not implemented yet"):
-        flash_mla.flash_mla_sparse_fwd(zeros, zeros, torch.zeros(1, 1, 64, dtype=torch.int32), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -390,8 +384,8 @@ def test_sparse_prefill_is_not_implemented():
         (dict(num_heads_per_head_k=0), ValueError, "num_heads_per_head_k must be at least 1"),
         (dict(num_heads_k=2), ValueError, "num_heads_k must be 1"),
         (dict(num_heads_per_head_k=1, num_q_tokens_per_head_k=1), ValueError, "got both"),
-        (dict(is_fp8_kvcache=True), NotImplementedError, "is_fp8_kvcache"),
-        (dict(topk=64), NotImplementedError, "topk"),
+        (dict(is_fp8_kvcache=1), TypeError, "is_fp8_kvcache must be True or False"),
+        (dict(topk=0), ValueError, "topk must be at least 1"),
     ],
     ids=str,
 )
@@ -502,6 +496,28 @@ def test_prefill_is_forward_only(name):
     assert not out.requires_grad
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_tensors(causal):
+    given = {**prefill_arguments(), "causal": causal}
+    q, k, v, starts = given["q"], given["k"], given["v"], given["cu_seqlens_qo"]
+    expected = flash_mla.flash_attn_varlen_func(**given)
+    options = dict(causal=causal, softmax_scale=192**-0.5)
+    kv = flash_mla.flash_attn_varlen_kvpacked_func(q, torch.cat([k, v], -1), starts, starts, 4, 4, 192, **options)
+    qkv = flash_mla.flash_attn_varlen_qkvpacked_func(torch.cat([q, k, v], -1), starts, 4, 192, **options)
+    for out, lse in (kv, qkv):
+        assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
+
+
+def test_packed_tensors_without_a_value():
+    starts = torch.tensor([0, 6], dtype=torch.int32)
+    with pytest.raises(ValueError, match="head_dim_qk must leave columns for the value, got 192 for qkv of 384"):
+        flash_mla.flash_attn_varlen_qkvpacked_func(torch.zeros(6, 4, 384), starts, 6, 192)
+    with pytest.raises(ValueError, match="head_dim_qk must leave columns for the value, got 192 for kv of 192"):
+        flash_mla.flash_attn_varlen_kvpacked_func(
+            torch.zeros(6, 4, 192), torch.zeros(6, 4, 192), starts, starts, 6, 6, 192
+        )
+
+
 def test_decode_has_no_gradient():
     given = arguments()
     given["q"].requires_grad_()
@@ -523,6 +539,15 @@ SIGNATURES = {
     "flash_attn_varlen_func": (
         "q k v cu_seqlens_qo cu_seqlens_kv max_seqlen_qo max_seqlen_kv dropout_p softmax_scale causal deterministic "
         "is_varlen",
+        (0.0, None, False, False, True),
+    ),
+    "flash_attn_varlen_qkvpacked_func": (
+        "qkv cu_seqlens max_seqlen head_dim_qk dropout_p softmax_scale causal deterministic is_varlen",
+        (0.0, None, False, False, True),
+    ),
+    "flash_attn_varlen_kvpacked_func": (
+        "q kv cu_seqlens_qo cu_seqlens_kv max_seqlen_qo max_seqlen_kv head_dim_qk dropout_p softmax_scale causal "
+        "deterministic is_varlen",
         (0.0, None, False, False, True),
     ),
 }

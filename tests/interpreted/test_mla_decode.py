@@ -263,3 +263,14 @@ def test_half_is_no_worse_than_its_dtype_allows():
         exact, _ = ops.mla_decode.reference(*(a.double() if a.is_floating_point() else a for a in args[:6]), args[6])
         errors[dtype] = (out.double() - exact).abs().max() / exact.abs().max()
     assert errors[torch.float16] < 2e-3 and errors[torch.bfloat16] < 1.6e-2
+
+
+@pytest.mark.parametrize("num_splits", [None, 1, 3])
+def test_a_length_past_the_table_reads_nothing_past_it(num_splits):
+    """Of a device nobody reads the lengths: that request's result is none, and the others' are as they were."""
+    args = list(decode_inputs([37, 16], page_size=16, heads=3, dtype=torch.float32))
+    expected = ops.mla_decode(*args, num_splits=num_splits)
+    args[5] = torch.tensor([37, 300], dtype=torch.int32)
+    out, lse = ops.mla_decode(*args, num_splits=num_splits)
+    assert_close(out[0], expected[0][0], SINGLE)
+    assert_close(lse[0], expected[1][0], LSE)
