@@ -47,6 +47,9 @@ _REST: dict[str, tuple[dict[str, int], ...]] = {
         {"kv_lora_rank": 256, "rope": 32, "q_heads": 40},
         {"page_size": 16, "q_heads": 128},
     ),
+    "latent_append_fp8": ({"page_size": 1}, {"page_size": 128}),
+    "latent_quantize": ({"page_size": 1}, {"page_size": 128}),
+    "latent_dequantize": ({"page_size": 1}, {"page_size": 128}),
     "mla_decode": tuple(
         {"heads": heads, "page_size": size} for heads, size in itertools.product((16, 32, 128), (16, 32, 128))
     )

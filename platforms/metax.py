@@ -69,6 +69,9 @@ PLATFORM = Platform(
         _tile("rope", 4, block_h=16),
         _tile("latent_append", 4),
         _tile("latent_append_rope", 4, block_h=16),
+        _tile("latent_append_fp8", 4),
+        _tile("latent_quantize", 4),
+        _tile("latent_dequantize", 4),
         _tile("mla_combine", 4),
         # Products of 16 rows or keys: refused until they were tried on the board (least_product above).
         # 32 rows and 16 keys: the queries and a tile of keys take 55 KB where a compiler puts both into shared memory

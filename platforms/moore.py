@@ -84,6 +84,9 @@ PLATFORM = Platform(
         _tile("rope", 4, block_h=16),
         _tile("latent_append", 4),
         _tile("latent_append_rope", 4, block_h=16),
+        _tile("latent_append_fp8", 4),
+        _tile("latent_quantize", 4),
+        _tile("latent_dequantize", 4),
         _tile("mla_combine", 4),
         _tile("mla_decode", 8, _HALF, ("MTT S5000",), {"rows": (17, None)}, block_h=32, block_n=32, block_c=512),
         # 32 rows and 16 keys: the queries and a tile of keys take 55 KB where a compiler puts both into shared memory

@@ -23,6 +23,20 @@ HALF = (torch.bfloat16, torch.float16)
 DTYPES = (*HALF, torch.float32, torch.float64)
 NAMES = ops.names()
 
+
+def written(name):
+    """The names of the arguments that the op writes to."""
+    arguments = getattr(torch.ops.ntops_mla, name).default._schema.arguments
+    return [a.name for a in arguments if a.alias_info and a.alias_info.is_write]
+
+
+def cache_of(name, args):
+    """The cache that the op writes to."""
+    return args[list(ops.get(name)._signature.parameters).index("cache")]
+
+
+WRITING = [name for name in NAMES if written(name)]
+
 # An element-wise op computes in float32 and rounds once: half a unit in the last place (2^-8 of the value in bfloat16,
 # 2^-11 in float16) and a little float32 noise, which decides about ties and, by cancellation, about small values.
 ROUNDED = {
@@ -1056,14 +1070,13 @@ def test_the_schema_is_the_functions_signature(name):
         assert argument.has_default_value() == (parameter.default is not parameter.empty)
         if argument.has_default_value():
             assert argument.default_value == parameter.default
-    assert [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write] == (
-        ["cache", "q_pe"] if name == "latent_append" else []
-    )
+    expected = {"latent_append": ["cache", "q_pe"], "latent_append_fp8": ["cache"], "latent_quantize": ["cache"]}
+    assert written(name) == expected.get(name, [])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("tokens", [1, 5])
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "latent_append"])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in WRITING])
 def test_outputs_are_new(name, tokens, dtype):
     """No output shares memory with an input or with another output, and no input changes."""
     args = example(name, dtype, tokens=tokens)
@@ -1103,15 +1116,20 @@ def test_opcheck(name, sizes):
 
 
 def compiled_forms(name):
-    """A graph around the op that uses its result, and for latent_append what it wrote, within the graph."""
+    """A graph around the op that uses its result, or what it wrote, within the graph."""
     function = getattr(ops, name)
-    if name == "latent_append":
+    if name in WRITING:
+        cache_at = list(ops.get(name)._signature.parameters).index("cache")
+        # What lies behind the cache: q_pe of latent_append, which is written to as well
+        others = slice(cache_at + 1, None)
 
-        def graph(kv_a, weight, cos, sin, slots, cache, eps, q_pe):
+        def graph(first, *args):
+            args = (first * 2, *args)
+            cache = args[cache_at]
             # float64, because Inductor adds in another order than PyTorch
             before = cache.sum(dtype=torch.float64)
-            function(kv_a * 2, weight, cos, sin, slots, cache, eps, q_pe)
-            return before, cache.sum(dtype=torch.float64), cache * 3, *(() if q_pe is None else (q_pe * 3,))
+            function(*args)
+            return before, cache.sum(dtype=torch.float64), cache * 3, *(t * 3 for t in tensors(args[others]))
 
     else:
 
@@ -1130,11 +1148,11 @@ def check_compiled(name, backend, dtype=torch.float32, **sizes):
     for _ in range(2):  # the second call reuses the graph
         for a, b in zip(everything(compiled, clones(args)), everything(graph, clones(args)), strict=True):
             torch.testing.assert_close(a, b)
-    if name == "latent_append":
+    if name in WRITING:
         args = clones(args)
         before, after, *_ = compiled(*args)
         assert before == 0 and after != 0
-        assert int(args[5].view(-1, 576).any(-1).sum()) == 5, "the caller's cache"
+        assert int(cache_of(name, args).flatten(0, 1).any(-1).sum()) == 5, "the caller's cache"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,6 +2,9 @@
 
 from ntops_mla.ops._op import get, names
 from ntops_mla.ops.latent_append import latent_append
+from ntops_mla.ops.latent_append_fp8 import latent_append_fp8
+from ntops_mla.ops.latent_dequantize import latent_dequantize
+from ntops_mla.ops.latent_quantize import latent_quantize
 from ntops_mla.ops.mla_decode import mla_decode
 from ntops_mla.ops.mla_decode_fp8 import mla_decode_fp8
 from ntops_mla.ops.mla_prefill import mla_prefill
@@ -13,6 +16,9 @@ from ntops_mla.ops.rope import rope
 __all__ = [
     "get",
     "latent_append",
+    "latent_append_fp8",
+    "latent_dequantize",
+    "latent_quantize",
     "mla_decode",
     "mla_decode_fp8",
     "mla_prefill",

@@ -8,7 +8,7 @@ import torch
 
 from ntops_mla.board import Board, Needed
 from ntops_mla.kernel import Kernel, within_int32
-from ntops_mla.ops import _check, _inspect
+from ntops_mla.ops import _check, _inspect, _slots
 from ntops_mla.ops._op import register
 from ntops_mla.ops.rms_norm import normalise
 from ntops_mla.ops.rope import check_cos_sin, rotate_into, rotate_pairs
@@ -88,17 +88,7 @@ def _reference(kv_a, weight, cos, sin, slots, cache, eps, q_pe):
     rows = torch.empty(kv_a.shape, dtype=cache.dtype, device=cache.device)
     rows[:, :latent] = normalise(kv_a[:, :latent], weight, eps)
     rows[:, latent:] = rotate_pairs(kv_a[:, latent:], cos, sin)
-    flat = cache.view(-1, cache.shape[2])
-    low, high = slots.aminmax()  # one host synchronisation, and none of it where a kernel runs
-    if high >= flat.shape[0] or low < -1:
-        raise ValueError(
-            f"latent_append: slots must be -1 or below {flat.shape[0]} (pages * page_size), "
-            f"got {int(low)} to {int(high)}"
-        )
-    if low < 0:
-        kept = slots >= 0
-        slots, rows = slots[kept], rows[kept]
-    flat.index_copy_(0, slots, rows)
+    _slots.write("latent_append", cache, slots, rows)
     if q_pe is not None:
         rotate_into(q_pe, q_pe, cos, sin)
 

@@ -8,12 +8,13 @@ import torch
 from ntops_mla import devices, dispatch, interpreter, ops
 from ntops_mla.devices import detect
 from ntops_mla.testing import assert_close
+from tests import test_latent_fp8 as fp8
 from tests.interpreted import numerics
 from tests.interpreted.numerics import DECODE, DTYPES, PREFILL
 from tests.test_mla_decode_fp8 import fp8_inputs
 from tests.test_mla_sparse import TOLERANCES as SPARSE
 from tests.test_mla_sparse import check_results, sparse_inputs
-from tests.test_ops import ROUNDED, append_inputs, decode64, decode_inputs, prefill64, prefill_inputs, turns
+from tests.test_ops import ROUNDED, append_inputs, cache_of, decode64, decode_inputs, prefill64, prefill_inputs, turns
 
 INTERPRETED = interpreter.enabled()
 # On a board that is not there, too, the interpreter computes, though the dispatcher does not know.
@@ -117,6 +118,8 @@ def arguments(name, dtype):
         lengths, heads = scaled(300, 0, 1, 77), pick(20, 3)
         sizes = {"s_q": 2, "page_size": 16, "layout": "apart", "strided": True}
         return [*fp8_inputs(lengths, heads=heads, dtype=dtype, **sizes), True, None]
+    if name in fp8.NAMES:
+        return fp8.arguments(name, dtype, pick(37, 5))
     if name == "mla_decode":
         lengths = scaled(300, 0, 1, 77)
         heads = pick(20, 3)
@@ -130,11 +133,15 @@ def outcome(name, args):
     result = run(getattr(ops, name), *args)
     if name == "latent_append":
         return [args[5]] if args[7] is None else [args[5], args[7]]
+    if name in fp8.NAMES and result is None:
+        return [cache_of(name, args)]
     return [result] if isinstance(result, torch.Tensor) else list(result)
 
 
 def check_outcome(name, args, results):
     """`results` of the device are what PyTorch makes of `args`, on the CPU, in float64."""
+    if name in fp8.NAMES:
+        return fp8.check_outcome(name, args, results[0])
     dtype = args[0].dtype
     exact = [a.double() if isinstance(a, torch.Tensor) and a.dtype in DTYPES else a for a in args]
     for index in {"rope": (1, 2), "latent_append": (2, 3)}.get(name, ()):  # cos and sin are float32 in every op

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from tests import test_latent_fp8 as fp8
 from tests.device.on_device import DTYPES, NAMES, check_outcome, on, outcome, pick
 from tests.test_mla_decode_fp8 import fp8_inputs
 from tests.test_mla_sparse import LAYOUTS as SPARSE_LAYOUTS
@@ -49,6 +50,9 @@ def draw_call(name, draw):
         if heads is not None and not strided:
             q_pe = q_pe.contiguous()
         return f"{tokens} tokens, pages of {page}, {sizes}, {heads} query heads", [*args, 1e-6, q_pe]
+    if name in fp8.NAMES:
+        tokens = draw.randrange(1, pick(400, 9))
+        return f"{tokens} tokens", fp8.arguments(name, dtype, tokens)
     if name == "mla_decode":
         lengths = [a_length(draw) for _ in range(draw.randint(1, pick(12, 4)))]
         sizes = dict(heads=draw.choice(HEADS), s_q=draw.choice([1, 1, 2, 3, 4]))

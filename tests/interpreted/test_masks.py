@@ -9,6 +9,7 @@ import torch
 
 from ntops_mla import kernel, kernel_source, ops
 from tests.interpreted.numerics import by_kernel
+from tests.test_latent_fp8 import append_fp8_inputs, dequantize_inputs, quantize_inputs
 from tests.test_mla_decode_fp8 import fp8_inputs
 from tests.test_mla_sparse import sparse_inputs
 from tests.test_ops import append_inputs, clones, decode_inputs, prefill_inputs, tensors, turns
@@ -21,6 +22,9 @@ CALLS = {
         lambda: append_inputs(5, 16, torch.float32, strided=True),
         lambda: append_inputs(3, 2, torch.float32, 256, 32),
     ],
+    "latent_append_fp8": [lambda: append_fp8_inputs(5, 16, torch.float32, strided=True)],
+    "latent_quantize": [lambda: quantize_inputs(3, 2, torch.float32)],
+    "latent_dequantize": [lambda: dequantize_inputs(5, 16, torch.float32)],
     "mla_decode": [
         lambda: (*decode_inputs([33, 0], page_size=32, s_q=2, heads=9, dtype=torch.float32), True, 2),
         lambda: (*decode_inputs([3], page_size=16, latent=256, rope=32, dtype=torch.float32), True, 1),
