@@ -8,11 +8,14 @@ from functools import cached_property
 
 import torch
 
+from ntops_mla import ops
 from ntops_mla.config import MLAConfig
+from ntops_mla.ops import _fp8
 from ntops_mla.plan import Plan, check_form, make_plan
 from ntops_mla.rope_table import RopeTable
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+KV_FORMATS = (None, "fp8")
 
 
 class CacheFull(RuntimeError):
@@ -54,10 +57,17 @@ class LatentCache:
 
     Each layer's storage is contiguous `[num_pages, page_size, kv_lora_rank + qk_rope_head_dim]`, latent first, zeroed;
     `kv_cache[l]` and `pe_cache[l]` are its two views, so that they cannot come apart. A token takes
-    (kv_lora_rank + qk_rope_head_dim) * element size bytes a layer. page_size: a power of two. Raises ValueError or
-    TypeError that names the argument; CacheFull where no page is left. After any error the cache is as it was.
+    (kv_lora_rank + qk_rope_head_dim) * element size bytes a layer. page_size: a power of two. dtype: of the hidden
+    states. Raises ValueError or TypeError that names the argument; CacheFull where no page is left. After any error the
+    cache is as it was.
 
-    Source: arXiv 2309.06180, section 4 (pages); arXiv 2405.04434, section 2.1 (what is cached).
+    kv_format: None, rows of `dtype`; "fp8", FlashMLA's quantised rows of 656 bytes whatever the dtype, for kv_lora_rank
+    512 and qk_rope_head_dim 64. Each layer's storage is then uint8 `[num_pages, page_size, 656]`: 512 codes
+    (float8_e4m3fn), four float32 scales, 64 RoPE columns in bfloat16. There is no `kv_cache` and no `pe_cache`, because
+    no view of the bytes is a latent: `rows` reads them. What is written is rounded to bfloat16 and then quantised.
+
+    Source: arXiv 2309.06180, section 4 (pages); arXiv 2405.04434, section 2.1 (what is cached); deepseek-ai/FlashMLA,
+    README.md (fp8).
     """
 
     def __init__(
@@ -68,10 +78,12 @@ class LatentCache:
         num_layers: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        kv_format: str | None = None,
     ) -> None:
         if not isinstance(cfg, MLAConfig):
             raise TypeError(f"cfg must be an MLAConfig, got {type(cfg).__name__}")
         self.cfg = cfg
+        self.kv_format = _checked_format(kv_format, cfg)
         self.num_pages = _positive("num_pages", num_pages)
         self.page_size = _positive("page_size", page_size)
         if self.page_size & (self.page_size - 1):
@@ -81,13 +93,15 @@ class LatentCache:
         check_dtype(self.dtype)
         check_device(device)
         # A storage per layer: a compiled graph over layers that share one would copy all of it.
-        shape = (self.num_pages, self.page_size, cfg.latent_dim)
+        width, stored = (cfg.latent_dim, self.dtype) if kv_format is None else (_fp8.TOKEN_BYTES, torch.uint8)
+        shape = (self.num_pages, self.page_size, width)
         # Not as inference tensors, which could not be written outside inference mode.
         with torch.inference_mode(False):
-            self.storage = tuple(torch.zeros(shape, device=device, dtype=self.dtype) for _ in range(self.num_layers))
+            self.storage = tuple(torch.zeros(shape, device=device, dtype=stored) for _ in range(self.num_layers))
         self.device = self.storage[0].device
-        self.kv_cache = tuple(s[..., : cfg.kv_lora_rank] for s in self.storage)
-        self.pe_cache = tuple(s[..., cfg.kv_lora_rank :] for s in self.storage)
+        if kv_format is None:
+            self._kv_cache = tuple(s[..., : cfg.kv_lora_rank] for s in self.storage)
+            self._pe_cache = tuple(s[..., cfg.kv_lora_rank :] for s in self.storage)
         self._rope = RopeTable(
             cfg.qk_rope_head_dim, cfg.rope_theta, cfg.rope_scaling, cfg.max_position_embeddings, self.device
         )
@@ -98,9 +112,21 @@ class LatentCache:
         self._free_rows = list(range(15, -1, -1))
 
     @property
+    def kv_cache(self) -> tuple[torch.Tensor, ...]:
+        """Of each layer `[num_pages, page_size, kv_lora_rank]`, the normalised latents: views of the storage."""
+        self._must_be_plain("kv_cache")
+        return self._kv_cache
+
+    @property
+    def pe_cache(self) -> tuple[torch.Tensor, ...]:
+        """Of each layer `[num_pages, page_size, qk_rope_head_dim]`, after RoPE, in pairs: views of the storage."""
+        self._must_be_plain("pe_cache")
+        return self._pe_cache
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes that one token takes in one layer."""
-        return self.cfg.latent_dim * self.storage[0].element_size()
+        return self.storage[0].shape[2] * self.storage[0].element_size()
 
     @property
     def num_free_pages(self) -> int:
@@ -117,8 +143,20 @@ class LatentCache:
         return self._known(request).length
 
     def flash_mla_view(self, layer: int = 0) -> torch.Tensor:
-        """`[num_pages, page_size, 1, kv_lora_rank + qk_rope_head_dim]`, FlashMLA's k_cache: a view of the storage."""
-        return self.storage[self._layer(layer)].unsqueeze(2)
+        """FlashMLA's k_cache, a view of the storage: `[num_pages, page_size, 1, kv_lora_rank + qk_rope_head_dim]`; with
+        kv_format "fp8" float8_e4m3fn `[num_pages, page_size, 1, 656]`, for is_fp8_kvcache=True.
+        """
+        storage = self.storage[self._layer(layer)].unsqueeze(2)
+        return storage if self.kv_format is None else storage.view(torch.float8_e4m3fn)
+
+    def rows(self, slots: torch.Tensor, layer: int = 0) -> torch.Tensor:
+        """`[n, kv_lora_rank + qk_rope_head_dim]` of the cache's dtype, new: what int64 slots `[n]` (page * page_size +
+        offset) of a layer hold, latent first; quantised ones dequantised.
+        """
+        storage = self.storage[self._layer(layer)]
+        if self.kv_format is None:
+            return storage.view(-1, self.cfg.latent_dim).index_select(0, slots)
+        return ops.latent_dequantize(storage, slots, self.dtype)
 
     def step(self, requests: Sequence[int], lengths: Sequence[int]) -> Step:
         """Reserve pages for `lengths[i]` new tokens of `requests[i]` and plan the pass; no length moves yet.
@@ -165,7 +203,8 @@ class LatentCache:
     @torch.no_grad()
     def fill(self, request: int, latent: torch.Tensor, pe: torch.Tensor, layer: int = 0) -> None:
         """Write a request's whole history into a layer: `latent` `[p, kv_lora_rank]` after the norm, `pe`
-        `[p, qk_rope_head_dim]` after RoPE in interleaved pairs; the cache's dtype and device.
+        `[p, qk_rope_head_dim]` after RoPE in interleaved pairs; the cache's dtype and device, and quantised where the
+        cache is.
 
         The request has no rows in that layer yet, and p is the same in every layer. Raises CacheFull, ValueError,
         TypeError.
@@ -182,7 +221,7 @@ class LatentCache:
         entry = torch.tensor(chosen, dtype=torch.int32, device="cpu")
         pages = torch.tensor(own + chosen, device="cpu").to(self.device)
         slots = (pages[:, None] * self.page_size + torch.arange(self.page_size, device=self.device)).view(-1)[:tokens]
-        self.storage[layer].view(-1, self.cfg.latent_dim).index_copy_(0, slots, torch.cat([latent, pe], -1))
+        self._write(layer, slots, latent, pe)
         if record is not None:
             self._invalidate(record, f"request {request} was filled")
             record = self._requests.get(request)
@@ -220,6 +259,20 @@ class LatentCache:
             self._free_rows.append(record.row)
 
     # What follows is between the cache and its steps.
+
+    def _must_be_plain(self, name: str) -> None:
+        if self.kv_format is not None:
+            raise AttributeError(
+                f"{name}: a cache of kv_format {self.kv_format!r} has no rows to view; rows(slots, layer) reads them, "
+                "storage[layer] and flash_mla_view(layer) are the bytes"
+            )
+
+    def _write(self, layer: int, slots: torch.Tensor, latent: torch.Tensor, pe: torch.Tensor) -> None:
+        storage = self.storage[layer]
+        if self.kv_format is None:
+            storage.view(-1, self.cfg.latent_dim).index_copy_(0, slots, torch.cat([latent, pe], -1))
+        else:  # from bfloat16, as latent_append_fp8 does it: a history has the same bytes either way
+            ops.latent_quantize(latent.bfloat16(), pe.bfloat16(), slots, storage)
 
     def _known(self, request: int) -> _Request:
         record = self._requests.get(_integer("request", request))
@@ -440,6 +493,20 @@ class Step:
 
     def __repr__(self) -> str:
         return f"Step({len(self.requests)} requests, {self.num_tokens} tokens)"
+
+
+def _checked_format(kv_format: object, cfg: MLAConfig) -> str | None:
+    allowed = " or ".join(map(repr, KV_FORMATS))
+    if kv_format is not None and not isinstance(kv_format, str):
+        raise TypeError(f"kv_format must be {allowed}, got {kv_format!r}")
+    if kv_format not in KV_FORMATS:
+        raise ValueError(f"kv_format must be {allowed}, got {kv_format!r}")
+    if kv_format == "fp8" and (cfg.kv_lora_rank, cfg.qk_rope_head_dim) != (_fp8.LATENT, _fp8.ROPE):
+        raise ValueError(
+            f"kv_format 'fp8' is for kv_lora_rank {_fp8.LATENT} and qk_rope_head_dim {_fp8.ROPE}, "
+            f"got a cfg of {cfg.kv_lora_rank} and {cfg.qk_rope_head_dim}"
+        )
+    return kv_format
 
 
 def check_dtype(dtype: object) -> None:

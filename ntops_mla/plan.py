@@ -163,7 +163,7 @@ def _chunks(step: Step, members: list[int]):
     cfg = step.cache.cfg
     # kv_b_proj's output and the keys built from it, all heads
     columns = cfg.qk_nope_head_dim + cfg.v_head_dim + cfg.qk_head_dim
-    limit = max(1, EXPANSION_BYTES // (cfg.num_heads * columns * step.cache.storage[0].element_size()))
+    limit = max(1, EXPANSION_BYTES // (cfg.num_heads * columns * step.cache.dtype.itemsize))
     row, pending, pending_keys = 0, [], 0
     for index in members:
         new, past = step.lengths[index], step.past_lengths[index]
@@ -213,7 +213,7 @@ def _heads_at_once(step: Step, keys: int) -> int:
     cfg = step.cache.cfg
     if step.cache.device.type != "cpu":
         return cfg.num_heads
-    per_head = keys * (cfg.qk_nope_head_dim + cfg.v_head_dim) * step.cache.storage[0].element_size()
+    per_head = keys * (cfg.qk_nope_head_dim + cfg.v_head_dim) * step.cache.dtype.itemsize
     return min(cfg.num_heads, max(1, CPU_BUFFER_BYTES // per_head))
 
 

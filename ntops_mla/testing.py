@@ -85,11 +85,17 @@ class Float64MLA:
         self._cfg = cfg
         self._weights = weights
 
-    def __call__(self, hidden_states: torch.Tensor, history: History | None = None) -> tuple[torch.Tensor, History]:
-        """hidden_states `[n, hidden_size]` after `history` -> (out `[n, hidden_size]`, the longer history), float64."""
+    def __call__(
+        self, hidden_states: torch.Tensor, history: History | None = None, cached: History | None = None
+    ) -> tuple[torch.Tensor, History]:
+        """hidden_states `[n, hidden_size]` after `history` -> (out `[n, hidden_size]`, the longer history), float64.
+
+        cached: in place of `history`, the longer history as a cache holds it, the new tokens' own rows too: what a
+        quantised cache is compared with.
+        """
         cfg = self._cfg
         x = hidden_states.detach().cpu().double()
-        past = 0 if history is None else len(history.latent)
+        past = len(cached.latent) - len(x) if cached is not None else 0 if history is None else len(history.latent)
         if cfg.q_lora_rank is None:
             q = self._linear(x, "q_proj")
         else:
@@ -100,7 +106,9 @@ class Float64MLA:
         latent, pe = self._linear(x, "kv_a_proj_with_mqa").split([cfg.kv_lora_rank, cfg.qk_rope_head_dim], -1)
         latent, pe = self._norm(latent, "kv_a_layernorm"), self._rotate(pe, positions)
         q_pe = self._rotate(q_pe.transpose(0, 1), positions).transpose(0, 1)
-        if history is not None:
+        if cached is not None:
+            latent, pe = (rows.detach().cpu().double() for rows in cached)
+        elif history is not None:
             latent = torch.cat([history.latent.detach().cpu().double(), latent])
             pe = torch.cat([history.pe.detach().cpu().double(), pe])
         w_k, w_v = (

@@ -21,7 +21,7 @@ from ntops_mla.plan import AbsorbedGroup, Plan
 class MLA(nn.Module):
     """Multi-head Latent Attention: hidden states of all requests, packed, in; attention output out.
 
-    kv_a = x W_kv_a;  cache <- [rms_norm(kv_a[:C]), rope(kv_a[C:])]
+    kv_a = x W_kv_a;  cache <- [rms_norm(kv_a[:C]), rope(kv_a[C:])], quantised where the cache is
     q = x W_q, or rms_norm(x W_q_a) W_q_b; the last R columns of every head rotated
     absorbed form: o = mla_decode(q_nope W_UK, q_pe, cache) W_UV
     expanded form: k, v = cache W_kv_b;  o = mla_prefill(q, k, v)
@@ -155,8 +155,15 @@ class MLA(nn.Module):
         storage = step.cache.storage[self.layer_idx]
         weight = self.kv_a_layernorm.weight
         q_nope, q_pe = q.split([cfg.qk_nope_head_dim, cfg.qk_rope_head_dim], -1)
-        # q is ours: its RoPE columns are rotated where they are.
-        ops.latent_append(kv_a, weight, step.cos, step.sin, step.slots, storage, cfg.rms_norm_eps, q_pe)
+        append = kv_a, weight, step.cos, step.sin, step.slots, storage, cfg.rms_norm_eps
+        if step.cache.kv_format is None:
+            # q is ours: its RoPE columns are rotated where they are.
+            ops.latent_append(*append, q_pe)
+        else:
+            rotated = ops.rope(q_pe, step.cos, step.sin)
+            ops.latent_append_fp8(*append)
+            # The absorbed form takes them by themselves, the expanded one within q.
+            q_pe = rotated if plan.expanded is None else q_pe.copy_(rotated)
         out = self._attend(q, q_nope, q_pe, step, plan)
         out = F.linear(out.reshape(len(out), -1), self.o_proj.weight, self.o_proj.bias)
         step.commit(self.layer_idx)
@@ -233,15 +240,12 @@ class MLA(nn.Module):
         cache, layer = step.cache, self.layer_idx
         # [H, B * s_q, Dnope] x [H, Dnope, C]
         q_latent = torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)
-        out, _ = ops.mla_decode(
-            q_latent.unflatten(0, (-1, group.s_q)),
-            q_pe.unflatten(0, (-1, group.s_q)),
-            cache.kv_cache[layer],
-            cache.pe_cache[layer],
-            group.block_table,
-            group.seq_lens,
-            self.cfg.softmax_scale,
-        )
+        queries = q_latent.unflatten(0, (-1, group.s_q)), q_pe.unflatten(0, (-1, group.s_q))
+        requests = group.block_table, group.seq_lens, self.cfg.softmax_scale
+        if cache.kv_format is None:
+            out, _ = ops.mla_decode(*queries, cache.kv_cache[layer], cache.pe_cache[layer], *requests)
+        else:
+            out, _ = ops.mla_decode_fp8(*queries, cache.storage[layer], *requests)
         # [H, B * s_q, C] x [H, C, Dv]
         values = out.flatten(0, 1).transpose(0, 1)
         if values.device.type == "cpu" or torch.compiler.is_compiling():
@@ -254,14 +258,14 @@ class MLA(nn.Module):
     def _expanded(self, q: torch.Tensor, step: Step, plan: Plan, out: torch.Tensor) -> None:
         """q `[Te, H, Dqk]`, rotated -> `out` `[Te, H, Dv]`, chunk by chunk; pieces of a request are merged by lse."""
         cfg = self.cfg
-        rows = step.cache.storage[self.layer_idx].view(-1, cfg.latent_dim)
         merged = lse = None
         if any(chunk.merged for chunk in plan.chunks):
             merged = torch.zeros(out.shape, dtype=torch.promote_types(out.dtype, torch.float32), device=out.device)
             lse = torch.full((len(out), cfg.num_heads), float("-inf"), dtype=torch.float32, device=out.device)
         for chunk in plan.chunks:
             # [Tk, C + R]
-            latent, pe = rows.index_select(0, chunk.slots).split([cfg.kv_lora_rank, cfg.qk_rope_head_dim], -1)
+            rows = step.cache.rows(chunk.slots, self.layer_idx)
+            latent, pe = rows.split([cfg.kv_lora_rank, cfg.qk_rope_head_dim], -1)
             for first in range(0, cfg.num_heads, chunk.heads):
                 heads = slice(first, min(first + chunk.heads, cfg.num_heads))
                 k, v = self._expand(latent, pe, heads)
