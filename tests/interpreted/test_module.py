@@ -12,7 +12,8 @@ import ntops_mla
 from ntops_mla import dispatch, interpreter
 from ntops_mla.testing import cos_diff
 from tests.interpreted.numerics import DTYPES, exactly
-from tests.test_mla import FORMS, assert_same, cache_for, error, layer, run, tokens
+from tests.test_fp8_cache import fp8_for, over_what_is_held
+from tests.test_mla import FORMS, assert_same, cache_for, error, history, layer, run, tokens
 from tests.test_ops import name_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -66,6 +67,23 @@ def test_smaller_latents_are_absorbed(dtype):
         assert_same(ours, true, 2e-5)
     else:
         assert cos_diff(torch.cat(ours), torch.cat(true)) < 1e-4
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_over_an_fp8_cache(dtype, form):
+    """A history that was filled, a chunk behind it, a prompt and decodes: float64 over what the cache holds."""
+    mla = layer("r1", dtype, num_attention_heads=2, num_key_value_heads=2, hidden_size=64)
+    with dispatch.record() as ran:
+        cache = fp8_for(mla, 8)
+        cache.fill(0, *history(mla, 19))
+        for requests, lengths in (([0, 1], [2, 5]), ([1, 0], [1, 1])):
+            xs = [tokens(mla, length) for length in lengths]
+            outs = run(mla, cache, requests, xs, form)
+            assert_same(outs, over_what_is_held(mla, cache, requests, xs), 2e-5 if dtype == torch.float32 else 0.05)
+    assert {choice.backend for choice in ran.values()} == {"kernel"}
+    own = {"rms_norm", "rope", "latent_append_fp8", "latent_quantize", "latent_dequantize"}
+    assert own - {"latent_dequantize"} <= set(ran) <= own | {"mla_decode_fp8", "mla_prefill"}
 
 
 def test_attention_test_runs_the_kernels():
