@@ -386,7 +386,7 @@ def test_the_librarys_own_fp8_cache():
         hidden_size=64, num_heads=2, q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=16, qk_rope_head_dim=64,
         v_head_dim=16,
     )  # fmt: skip
-    cache = ntops_mla.LatentCache(cfg, num_pages=4, page_size=32, kv_format="fp8")
+    cache = ntops_mla.LatentCache(cfg, num_pages=4, page_size=32, dtype=torch.bfloat16, kv_format="fp8")
     rows = (torch.randn(40, 576) / 10).bfloat16()
     cache.fill(5, rows[:, :512], rows[:, 512:])
     step = cache.step([5], [1])

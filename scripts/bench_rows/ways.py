@@ -130,7 +130,7 @@ def _made_of(module, board: Board, tile: Tile, dtype, latent: int, rope: int, pa
     sizes = {"page_size": page, "latent": latent, "rope": rope}
     decode = board.make("mla_decode", tile, block_n=block_n, block_c=block_c, **sizes)
     combine = board.make("mla_combine", board.tile("mla_combine", dtype, latent=latent), latent=latent)
-    return module._Made(decode, combine, tile.blocks["block_h"], block_n)
+    return module.Made(decode, combine, tile.blocks["block_h"], block_n)
 
 
 def _combine(problem) -> Iterator[Way | Absent]:
