@@ -155,8 +155,9 @@ def application(
     slot = ntl.cast(index, ntl.int64)
     page = ntl.zeros((block_n,), dtype=ntl.int64)
     if flat == 0:
-        page = slot // page_size
-        slot = slot - page * page_size
+        whole = index // page_size
+        page = ntl.cast(whole, ntl.int64)
+        slot = ntl.cast(index - whole * page_size, ntl.int64)
     slot = ntl.where((position < length) & (index >= 0) & (index < slots), slot, -1)
     # [block_n, 128]
     c0 = codes[page[:, None], slot[:, None], 0]
@@ -195,8 +196,9 @@ def application(
         slot = ntl.cast(index, ntl.int64)
         page = ntl.zeros((block_n,), dtype=ntl.int64)
         if flat == 0:
-            page = slot // page_size
-            slot = slot - page * page_size
+            whole = index // page_size
+            page = ntl.cast(whole, ntl.int64)
+            slot = ntl.cast(index - whole * page_size, ntl.int64)
         ours = (position < length) & (block + 1 < end)
         slot = ntl.where(ours & (index >= 0) & (index < slots), slot, -1)
         # [block_n, 128]

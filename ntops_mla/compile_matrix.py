@@ -36,6 +36,7 @@ _COMMON: dict[str, tuple[dict[str, int], ...]] = {
     ),
     "mla_decode_fp8": ({"heads": 16}, {"heads": 32}, {"heads": 128}, {"heads": 64, "s_q": 2}),
     "mla_prefill": ({"heads": 16}, {"heads": 16, "nope": 192, "v": 256}),
+    "mla_sparse_fp8": ({"heads": 16}, {"heads": 128}),
     "mla_sparse": ({"heads": 16}, {"heads": 32}, {"heads": 128}, {"heads": 40, "kv_lora_rank": 256, "rope": 32}),
 }
 _REST: dict[str, tuple[dict[str, int], ...]] = {
@@ -62,8 +63,9 @@ _REST: dict[str, tuple[dict[str, int], ...]] = {
     "mla_sparse": ({"heads": 16, "kv_lora_rank": 256, "rope": 32},),
 }
 
-# Where in a kernel's arguments its result and its `causal` are.
-_OUT = {"mla_decode": 10, "mla_sparse": 11, "mla_decode_fp8": 12}
+# Where in a kernel's arguments its result, `flat` and `causal` are.
+_OUT = {"mla_decode": 10, "mla_sparse": 11, "mla_decode_fp8": 12, "mla_sparse_fp8": 13}
+_FLAT = {"mla_sparse": 8, "mla_sparse_fp8": 9}
 _CAUSAL = {"mla_decode": 8, "mla_prefill": 8, "mla_decode_fp8": 9}
 
 
@@ -113,7 +115,10 @@ def compile_case(case: Case) -> list[tuple[dict[str, Any], Compiled | None, str]
             op.spec.kernel(board, *args[:-1], 4)
         if case.op == "mla_prefill":
             op.spec.kernel(board, *args[:-1], False)
-        if case.op == "mla_sparse":  # likewise; with the largest scores; and with pages apart from each other
+        if case.op in (
+            "mla_sparse",
+            "mla_sparse_fp8",
+        ):  # likewise; with the largest scores; and with pages apart from each other
             op.spec.kernel(board, *args[:-2], 4, True)
             apart = op.example(torch.device("meta"), case.dtype, tokens=4, **case.sizes, gap=1)
             op.spec.kernel(board, *apart[:-2], 1, True)
@@ -135,7 +140,7 @@ def _compile(case: Case, triton_version: str, kernel: kernels.Kernel, args: tupl
         # a split's part is float32, a result has the inputs' dtype
         "causal": args[_CAUSAL[kernel.name]] if kernel.name in _CAUSAL else None,
         "split": args[_OUT[kernel.name]].dtype == torch.float32 if kernel.name in _OUT else None,
-        "flat": args[8] if kernel.name == "mla_sparse" else None,
+        "flat": args[_FLAT[kernel.name]] if kernel.name in _FLAT else None,
         "tile": {**kernel.parameters, "num_warps": kernel.num_warps, "num_stages": kernel.num_stages},
     }
     try:

@@ -212,7 +212,7 @@ def least_products(kernel: Kernel, target: Target, dtype: torch.dtype, asynchron
     blocks = kernel.parameters
     if kernel.name in ("mla_decode", "mla_sparse"):
         elements = blocks["block_h"] * blocks["block_n"] * (2 * blocks["latent"] + blocks["rope"])
-    elif kernel.name == "mla_decode_fp8":
+    elif kernel.name in ("mla_decode_fp8", "mla_sparse_fp8"):
         elements = blocks["block_h"] * blocks["block_n"] * (2 * 512 + 64)
     elif kernel.name == "mla_prefill":
         elements = blocks["block_m"] * blocks["block_n"] * (blocks["qk_width"] + blocks["v_width"])

@@ -57,6 +57,11 @@ _CALLS: dict[str, tuple[dict[str, int], ...]] = {
         {"heads": 128, "topk": 70, "page_size": 1, "pages": 100},
         {"heads": 16, "topk": 70, "kv_lora_rank": 256, "rope": 32},
     ),
+    "mla_sparse_fp8": (
+        {"heads": 16, "topk": 150, "num_splits": 3, "want_max": True},
+        {"heads": 20, "topk": 70, "page_size": 61},
+        {"heads": 128, "topk": 70, "page_size": 1, "pages": 100},
+    ),
     "mla_prefill": ({"heads": 2, "tokens": 40}, {"heads": 2, "tokens": 40, "nope": 192, "v": 256}),
 }
 # As FlashMLA's tests have them for two-byte inputs; exact products in float32 lose some 1e-6

@@ -47,6 +47,7 @@ KERNELS = {
     "mla_decode_fp8": Form(("block_h", "block_n", "hardware"), ("rows", "page_size", "causal")),
     "mla_combine": Form((), ("latent",)),
     "mla_sparse": Form(("block_h", "block_n", "block_c"), ("rows", "latent")),
+    "mla_sparse_fp8": Form(("block_h", "block_n", "hardware"), ("rows",)),
     "mla_prefill": Form(("block_m", "block_n"), ("width",)),
 }
 DTYPES = ("bfloat16", "float16", "float32")

@@ -81,6 +81,14 @@ def arguments(
 ) -> tuple[Any, ...]:
     """A call of the case's op. ragged: requests of different lengths. splits: of the keys, None: chosen."""
     op = ops.get(case.op)
+    if case.op == "mla_decode_fp8":
+        args = list(op.example(device, case.dtype, tokens=load.batch, keys=load.keys, **case.call))
+        lengths = [max(1, load.keys >> i) if ragged else load.keys for i in range(load.batch)]
+        args[4] = torch.tensor(lengths, dtype=torch.int32, device=device)
+        return *args[:-1], splits
+    if case.op == "mla_sparse_fp8":
+        sizes = {"tokens": load.batch, "topk": load.keys, "pages": -(-load.keys * load.batch // 64), **case.call}
+        return *op.example(device, case.dtype, **sizes, ragged=ragged)[:-2], splits, True
     if case.op == "mla_sparse":
         sizes = {"tokens": load.batch, "topk": load.keys, "pages": -(-load.keys * load.batch // 64), **case.call}
         args = op.example(device, case.dtype, **sizes, ragged=ragged)
@@ -143,7 +151,7 @@ def examine(question: Mapping[str, Any]) -> dict[str, Any]:
     op, tile = ops.get(case.op), Tile(case.kernel, source="a candidate of tune", **question["tile"])
     board = with_tile(board_of(platforms.detect(device)), case, tile)
     try:
-        for splits in (None, 3) if case.op in ("mla_decode", "mla_sparse") else (None,):
+        for splits in (None, 3) if case.op.startswith(("mla_decode", "mla_sparse")) else (None,):
             on_cpu = arguments(case, _SMALL, torch.device("cpu"), ragged=True, splits=splits)
             args = doctor.moved(on_cpu, device)
             doctor.compare(case.op, on_cpu, args, op.spec.kernel(board, *args))

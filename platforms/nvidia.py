@@ -91,15 +91,17 @@ def _single_decode(warps: int, latent: int, *arch: str) -> Tile:
     return Tile("mla_decode", blocks, warps, 1, _COMPILED, arch, ("float32",), _SINCE, when)
 
 
-def _fp8(block_h: int, block_n: int, warps: int, stages: int, rows: int, *arch: str, **more) -> tuple[Tile, ...]:
-    """mla_decode_fp8, casting by an instruction on the boards that have it, and by bits on the others."""
+def _fp8(
+    block_h: int, block_n: int, warps: int, stages: int, rows: int, *arch: str, kernel="mla_decode_fp8", **more
+) -> tuple[Tile, ...]:
+    """Casting by an instruction on the boards that have it, and by bits on the others."""
     tiles = []
     for hardware, able in ((1, _CASTS_FP8), (0, _NO_FP8)):
         of = tuple(name for name in able if not arch or name in arch)
         blocks = {"block_h": block_h, "block_n": block_n, "hardware": hardware}
         fits = {"dtypes": _HALF, "triton": _SPARSE_SINCE, "when": {"rows": (rows, None)}, **more}
         if of:
-            tiles.append(Tile("mla_decode_fp8", blocks, warps, stages, _COMPILED, of, **fits))
+            tiles.append(Tile(kernel, blocks, warps, stages, _COMPILED, of, **fits))
     return tuple(tiles)
 
 
@@ -133,6 +135,10 @@ _DECODE_FP8 = (
     # Two programs fit on a processor
     *_fp8(16, 32, 4, 2, 1),
     *_fp8(16, 16, 8, 1, 1, dtypes=("float32",)),
+    # Addresses for each key: 64 keys spill, and so do 32 with 4 warps
+    *_fp8(32, 32, 8, 2, 17, kernel="mla_sparse_fp8"),
+    *_fp8(16, 16, 4, 2, 1, kernel="mla_sparse_fp8"),
+    *_fp8(16, 16, 8, 1, 1, kernel="mla_sparse_fp8", dtypes=("float32",)),
 )
 _SPARSE = (
     # Async wgmma. Triton 3.9 spills in every tile of 64 rows, 3.6 with 64 keys.

@@ -114,7 +114,7 @@ def _kernel(board: Board, q_nope, q_pe, cache, indices, softmax_scale, topk_leng
     q_nope, q_pe, indices = (within_int32(x.flatten(0, 1), 1) for x in (q_nope, q_pe, indices))
     pages, page_size, _ = cache.shape
     # Pages that follow each other are one page.
-    flat = pages == 1 or cache.stride(0) == page_size * TOKEN_BYTES
+    flat = pages == 1 or (pages > 1 and cache.stride(0) == page_size * TOKEN_BYTES)
     if flat:
         cache = cache.as_strided((1, pages * page_size, TOKEN_BYTES), (pages * page_size * TOKEN_BYTES, TOKEN_BYTES, 1))
     lengths = counts(indices, topk_length)
@@ -147,14 +147,19 @@ def _example(
     pages=4,
     num_splits=None,
     want_max=False,
+    gap=0,
+    ragged=True,
     **_,
 ):
-    """Each token has one index less than the one before it that names a key, and at least one."""
-    cache = torch.empty(pages, page_size, TOKEN_BYTES, device=device, dtype=torch.uint8)
+    """`ragged`: each token has one index less than the one before it that names a key, and at least one. `gap`: slots
+    between pages."""
+    room = torch.empty(pages, page_size + gap, TOKEN_BYTES, device=device, dtype=torch.uint8)
+    cache = room[:, :page_size]
     latent, pe = (torch.randn(pages, page_size, columns, device=device) for columns in (LATENT, ROPE))
     quantize_into(cache, latent / 10, pe / 10)
     indices = torch.randint(pages * page_size, (tokens, s_q, topk), dtype=torch.int32)
-    named = torch.arange(topk, topk - tokens * s_q, -1).clamp(min=1).view(tokens, s_q, 1)
+    named = torch.arange(topk, topk - tokens * s_q, -1) if ragged else torch.full((tokens * s_q,), topk)
+    named = named.clamp(min=1).view(tokens, s_q, 1)
     indices = indices.masked_fill(torch.arange(topk) >= named, -1).to(device)
     return (
         torch.randn(tokens, s_q, heads, LATENT, device=device, dtype=dtype),
