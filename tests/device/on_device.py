@@ -57,7 +57,8 @@ def run(op, *args, **kwargs):
     with dispatch.record() as ran:
         result = op(*args, **kwargs)
     platform, found = detect(args[0].device).platform, dispatch.settings().findings
-    gate = dispatch._gate(ops.get(name).spec, platform, args[0].dtype, INTERPRETED, found)
+    dtype = next((a for a in args if isinstance(a, torch.dtype)), args[0].dtype)  # latent_dequantize names its result's
+    gate = dispatch._gate(ops.get(name).spec, platform, dtype, INTERPRETED, found)
     assert ran[name].backend == ("reference" if gate.mode == "reference" else "kernel"), ran[name]
     return result
 
