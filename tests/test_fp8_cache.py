@@ -37,7 +37,8 @@ def rows(length, dtype=BF16):
 def slots_of(cache, request, length=None):
     length = cache.length(request) if length is None else length
     pages = torch.tensor(cache._requests[request].pages)
-    return (pages[:, None] * cache.page_size + torch.arange(cache.page_size)).flatten()[:length]
+    slots = (pages[:, None] * cache.page_size + torch.arange(cache.page_size)).flatten()
+    return slots[:length].to(cache.device)
 
 
 def held(cache, request, layer=0):

@@ -15,11 +15,13 @@ LENGTHS = [3, 70, 15, 200, 1]
 
 
 @pytest.mark.device
+@pytest.mark.parametrize("kv_format", [None, "fp8"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_replays(device, dtype):
+def test_replays(device, dtype, kv_format):
     lengths = [-(-length // 8) for length in LENGTHS] if INTERPRETED else LENGTHS
     mla = ntops_mla.MLA(CFG, device=device, dtype=dtype).requires_grad_(False)
-    caches = [ntops_mla.LatentCache(CFG, num_pages=64, page_size=16, device=device, dtype=dtype) for _ in range(2)]
+    sizes = {"num_pages": 64, "page_size": 16, "kv_format": kv_format}
+    caches = [ntops_mla.LatentCache(CFG, device=device, dtype=dtype, **sizes) for _ in range(2)]
     x = torch.randn(sum(lengths), CFG.hidden_size).to(dtype).to(device)
     for cache in caches:
         mla(x, cache.step(range(5), lengths))

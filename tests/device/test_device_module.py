@@ -8,6 +8,7 @@ from ntops_mla import MLA, LatentCache, MLAConfig, dispatch
 from ntops_mla.testing import cos_diff
 from tests.device.on_device import DTYPES, pick, scaled
 from tests.interpreted.numerics import exactly
+from tests.test_fp8_cache import over_what_is_held
 from tests.test_ops import name_of
 
 pytestmark = pytest.mark.device
@@ -93,3 +94,27 @@ def test_steps_of_several_requests(device, model, dtype, form):
     assert ours.dtype == dtype and not ours.isnan().any()
     assert error(ours, true) <= 2 * error(theirs, true)
     assert cos_diff(ours, true) <= max(2 * cos_diff(theirs, true), 1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_over_an_fp8_cache(device, dtype, form):
+    """A history that was filled, prompts and decodes: float64 over what the cache holds after each step."""
+    mla = layer("r1", device, dtype)
+    cache = LatentCache(mla.cfg, pick(60, 12), 16, device=device, dtype=dtype, kv_format="fp8")
+    past = torch.randn(CHUNK, 576).to(device, dtype)
+    with dispatch.record() as ran:
+        cache.fill(0, *past.split([512, 64], -1))
+        for requests, lengths in (([0, 1], [2, SHORT]), ([1, 0], [1, 1]), ([2, 0], [CHUNK, 1])):
+            x = torch.randn(sum(lengths), mla.cfg.hidden_size).to(device, dtype)
+            outs = mla(x, cache.step(requests, lengths), form).split(lengths)
+            true = over_what_is_held(mla, cache, requests, x.split(lengths))
+            for out, expected in zip(outs, true):
+                out = out.cpu()
+                assert not out.isnan().any() and error(out, expected) < (2e-5 if dtype == torch.float32 else 0.05)
+                assert cos_diff(out, expected) < 1e-4
+    platform = ntops_mla.platform.detect(device).platform
+    for name, choice in ran.items():
+        gate = platform.gate(name, dtype, ntops_mla.interpreter.enabled())
+        assert choice.backend == ("reference" if gate.mode == "reference" else "kernel"), choice
+    assert {"latent_quantize", "latent_append_fp8", "rope"} <= set(ran)
