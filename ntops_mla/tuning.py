@@ -77,6 +77,8 @@ def _cases(dtype: torch.dtype) -> Iterator[Case]:
         point = {"rows": heads, "page_size": 64, "causal": 0}
         yield Case("mla_decode_fp8", "mla_decode_fp8", dtype, call, point, {"rows": rows})
         yield Case("mla_sparse_fp8", "mla_sparse_fp8", dtype, call, {"rows": heads}, {"rows": rows})
+    for name in ("latent_append_fp8", "latent_quantize", "latent_dequantize"):
+        yield Case(name, name, dtype, {}, {})
     for sizes in ({"nope": 128, "v": 128}, {"nope": 192, "v": 256}):
         width = sizes["nope"] + 64
         yield Case("mla_prefill", "mla_prefill", dtype, {**sizes, "heads": 32}, {"width": width})

@@ -234,7 +234,9 @@ def test_infinicores_loop(run):
             copies = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
             with ntops_mla.dispatch.record() as ran:
                 torch.testing.assert_close(function(*args), getattr(ops, name)(*copies), rtol=0, atol=0)
-            torch.testing.assert_close(args, tuple(copies), rtol=0, atol=0)  # what is written to, too
+            for arg, copy in zip(args, copies):  # what is written to, too
+                if isinstance(arg, torch.Tensor):
+                    torch.testing.assert_close(arg, copy, rtol=0, atol=0)
             assert function.explain(*args) == op.explain(*args) == ran[name]
 
         # Nothing of ours, the module and the cache included, got another torch.

@@ -49,6 +49,16 @@ def test_slots(checked):
     assert cache.view(-1, 576)[[0, 31]].any(-1).all()
 
 
+@pytest.mark.parametrize("name", ["latent_append_fp8", "latent_quantize", "latent_dequantize"])
+def test_slots_of_an_fp8_cache(checked, name):
+    args = list(ops.get(name).example("cpu", torch.float32, tokens=3, page_size=16))
+    at = next(i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.dtype == torch.int64)
+    for slots, words in (([0, 32, 1], "got 32 for token 1"), ([0, 1, -2], "got -2 for token 2")):
+        args[at] = torch.tensor(slots)
+        with pytest.raises(ValueError, match=f"^{name}: slots must be -1 or from 0 to 31, .*{words}"):
+            getattr(ops, name)(*args)
+
+
 def test_bounds(checked):
     q, v, good = torch.randn(4, 2, 192), torch.randn(4, 2, 128), torch.tensor([0, 1, 4], dtype=torch.int32)
     bad = torch.tensor([0, 5, 4], dtype=torch.int32)

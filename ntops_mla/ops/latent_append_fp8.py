@@ -8,7 +8,7 @@ import torch
 
 from ntops_mla.board import Board, Needed
 from ntops_mla.kernel import Kernel
-from ntops_mla.ops import _check, _fp8
+from ntops_mla.ops import _check, _fp8, _inspect
 from ntops_mla.ops._op import register
 from ntops_mla.ops.latent_quantize import check_cache, check_slots, write_quantized
 from ntops_mla.ops.rms_norm import normalise
@@ -58,6 +58,10 @@ def _check_args(kv_a, weight, cos, sin, slots, cache, eps):
     _check.same(op, "kv_a", kv_a, ("weight", weight))
     _check.same_device(op, "kv_a", kv_a, ("cos", cos), ("sin", sin), ("slots", slots), ("cache", cache))
     _check.number(op, "eps", eps)
+
+
+def _look(kv_a, weight, cos, sin, slots, cache, eps):
+    _inspect.slots("latent_append_fp8", slots, cache.shape[0] * cache.shape[1])
 
 
 def _reference(kv_a, weight, cos, sin, slots, cache, eps):
@@ -127,4 +131,5 @@ latent_append_fp8 = register(
     kernel=_kernel,
     tiles=_tiles,
     through_float32=_through_float32,
+    look=_look,
 )

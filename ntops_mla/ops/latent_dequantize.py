@@ -8,7 +8,7 @@ import torch
 
 from ntops_mla.board import Board, Needed
 from ntops_mla.kernel import Kernel
-from ntops_mla.ops import _check, _fp8, _slots
+from ntops_mla.ops import _check, _fp8, _inspect, _slots
 from ntops_mla.ops._op import FLOATS, register
 from ntops_mla.ops.latent_quantize import check_cache, check_slots
 from ntops_mla.platform import Platform
@@ -39,6 +39,10 @@ def _check_args(cache, slots, dtype):
     if dtype is not None and dtype not in FLOATS:
         names = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
         raise TypeError(f"{op}: dtype must be None or one of {names}, got {dtype!r}")
+
+
+def _look(cache, slots, dtype):
+    _inspect.slots("latent_dequantize", slots, cache.shape[0] * cache.shape[1])
 
 
 def _reference(cache, slots, dtype):
@@ -105,4 +109,5 @@ latent_dequantize = register(
     kernel=_kernel,
     tiles=_tiles,
     through_float32=_through_float32,
+    look=_look,
 )

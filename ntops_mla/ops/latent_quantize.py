@@ -8,7 +8,7 @@ import torch
 
 from ntops_mla.board import Board, Needed
 from ntops_mla.kernel import Kernel
-from ntops_mla.ops import _check, _fp8, _slots
+from ntops_mla.ops import _check, _fp8, _inspect, _slots
 from ntops_mla.ops._op import register
 from ntops_mla.platform import Platform
 
@@ -77,6 +77,10 @@ def _check_args(latent, pe, slots, cache):
     _check.same_device(op, "latent", latent, ("slots", slots), ("cache", cache))
 
 
+def _look(latent, pe, slots, cache):
+    _inspect.slots("latent_quantize", slots, cache.shape[0] * cache.shape[1])
+
+
 def _reference(latent, pe, slots, cache):
     write_quantized("latent_quantize", latent, pe, slots, cache)
 
@@ -134,4 +138,5 @@ latent_quantize = register(
     kernel=_kernel,
     tiles=_tiles,
     through_float32=_through_float32,
+    look=_look,
 )
