@@ -15,7 +15,16 @@ from ntops_mla.platform import all_platforms
 from tests.fakes.boards import Machine
 
 ROOT = Path(__file__).resolve().parent.parent
-OPS = ("rms_norm", "rope", "latent_append", "mla_decode", "mla_decode_fp8", "mla_prefill", "mla_sparse")
+OPS = (
+    "rms_norm",
+    "rope",
+    "latent_append",
+    "mla_decode",
+    "mla_decode_fp8",
+    "mla_prefill",
+    "mla_sparse",
+    "mla_sparse_fp8",
+)
 
 
 @pytest.fixture

@@ -77,6 +77,7 @@ def test_every_kernel_is_compiled_for_every_architecture(rows_of, name):
             "mla_combine",
             "mla_prefill",
             "mla_sparse",
+            "mla_sparse_fp8",
         }, arch
 
 

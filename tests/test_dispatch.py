@@ -362,6 +362,7 @@ def test_real_ops_refuse_sizes_they_were_not_written_for(on_toy, monkeypatch, na
         ("mla_decode", {"kv_lora_rank": 256, "rope": 32}),
         *(("mla_decode", {"page_size": p}) for p in (16, 32, 128)),
         *(("mla_decode_fp8", {"page_size": p}) for p in (16, 32, 64, 128)),
+        *(("mla_sparse_fp8", {"page_size": p}) for p in (1, 61, 64)),
         ("mla_sparse", {}),
         ("mla_sparse", {"kv_lora_rank": 256, "rope": 32}),
         *(("mla_sparse", {"page_size": p}) for p in (1, 61, 576)),

@@ -84,7 +84,7 @@ def name_of(dtype):
 
 def test_the_ops_are_those_of_the_design():
     assert {"rms_norm", "rope", "latent_append", "mla_decode", "mla_prefill", "mla_sparse"} <= set(NAMES)
-    assert "mla_decode_fp8" in NAMES
+    assert {"mla_decode_fp8", "mla_sparse_fp8"} <= set(NAMES)
 
 
 # rms_norm

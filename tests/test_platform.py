@@ -30,7 +30,16 @@ from tests.fakes.boards import Machine
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "platforms").glob("*.py"))
 NAMES = [file.stem for file in FILES]
-OPS = ("rms_norm", "rope", "latent_append", "mla_decode", "mla_decode_fp8", "mla_prefill", "mla_sparse")
+OPS = (
+    "rms_norm",
+    "rope",
+    "latent_append",
+    "mla_decode",
+    "mla_decode_fp8",
+    "mla_prefill",
+    "mla_sparse",
+    "mla_sparse_fp8",
+)
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -141,6 +150,7 @@ def test_iluvatar_leaves_float32_attention_to_pytorch():
         "mla_decode_fp8": "reference",
         "mla_prefill": "reference",
         "mla_sparse": "reference",
+        "mla_sparse_fp8": "reference",
     }
     assert "float32" in iluvatar.gate("mla_decode", torch.float32).reason
 

@@ -14,6 +14,7 @@ from tests.interpreted.numerics import DECODE, DTYPES, PREFILL
 from tests.test_mla_decode_fp8 import fp8_inputs
 from tests.test_mla_sparse import TOLERANCES as SPARSE
 from tests.test_mla_sparse import check_results, sparse_inputs
+from tests.test_mla_sparse_fp8 import sparse_fp8_inputs
 from tests.test_ops import ROUNDED, append_inputs, cache_of, decode64, decode_inputs, prefill64, prefill_inputs, turns
 
 INTERPRETED = interpreter.enabled()
@@ -111,6 +112,11 @@ def arguments(name, dtype):
         args = list(append_inputs(pick(37, 5), 16, dtype, strided=True))
         args[4][2] = -1
         return [*args, 1e-6, torch.randn(len(args[0]), pick(20, 3), 192).to(dtype)[..., 128:]]
+    if name == "mla_sparse_fp8":
+        topk, heads = pick(300, 70), pick(20, 3)
+        sizes = {"s_q": 2, "page_size": 61, "pages": 5, "strided": True, "lengths": [topk, 7, topk, 1]}
+        args = sparse_fp8_inputs([topk, 0, 33, 1], topk, heads=heads, layout="apart", dtype=dtype, **sizes)
+        return [*args, None, True]
     if name == "mla_sparse":
         topk, heads = pick(300, 70), pick(20, 3)
         sizes = {"s_q": 2, "page_size": 61, "pages": 5, "strided": True, "lengths": [topk, 7, topk, 1]}
@@ -151,7 +157,7 @@ def check_outcome(name, args, results):
     if name in ("mla_decode", "mla_decode_fp8"):
         wanted, results = (expected[0].transpose(1, 2), expected[1]), (results[0].transpose(1, 2), results[1])
         return check_attention(*results, *wanted, dtype, DECODE)
-    if name == "mla_sparse":
+    if name in ("mla_sparse", "mla_sparse_fp8"):
         return check_results([result.cpu() for result in results], expected, dtype, SPARSE[dtype])
     if name == "mla_prefill":
         wanted, results = (expected[0].transpose(0, 1), expected[1]), (results[0].transpose(0, 1), results[1])

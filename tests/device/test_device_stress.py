@@ -12,6 +12,7 @@ from tests.device.on_device import DTYPES, NAMES, check_outcome, on, outcome, pi
 from tests.test_mla_decode_fp8 import fp8_inputs
 from tests.test_mla_sparse import LAYOUTS as SPARSE_LAYOUTS
 from tests.test_mla_sparse import sparse_inputs
+from tests.test_mla_sparse_fp8 import sparse_fp8_inputs
 from tests.test_ops import append_inputs, decode_inputs, name_of, prefill_inputs, turns
 
 pytestmark = pytest.mark.device
@@ -68,6 +69,14 @@ def draw_call(name, draw):
         causal, splits = draw.random() < 0.7, draw.choice([None, None, 1, 2, 3, 5, 11, 64])
         words = f"{lengths}, {sizes}, causal {causal}, {splits} splits"
         return words, [*fp8_inputs(lengths, dtype=dtype, **sizes), causal, splits]
+    if name == "mla_sparse_fp8":
+        topk, s_q = 1 + a_length(draw), draw.choice([1, 1, 2, 3])
+        counts = [draw.randint(0, topk) for _ in range(s_q * draw.randint(1, pick(12, 3)))]
+        sizes = dict(heads=draw.choice(HEADS), s_q=s_q, layout=draw.choice(["packed", "apart"]), strided=strided)
+        sizes["page_size"], sizes["pages"] = draw.choice([1, 2, 61, 64, 69, 576]), draw.randint(1, 9)
+        splits, want_max = draw.choice([None, None, 1, 2, 3, 5, 11, 64]), draw.random() < 0.5
+        words = f"{counts} of {topk}, {sizes}, {splits} splits, want_max {want_max}"
+        return words, [*sparse_fp8_inputs(counts, topk, dtype=dtype, **sizes), splits, want_max]
     if name == "mla_sparse":
         topk, s_q = 1 + a_length(draw), draw.choice([1, 1, 2, 3])
         counts = [draw.randint(0, topk) for _ in range(s_q * draw.randint(1, pick(12, 3)))]

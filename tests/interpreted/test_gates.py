@@ -15,6 +15,7 @@ from tests.interpreted.numerics import DECODE, DTYPES, PREFILL, by_kernel, check
 from tests.test_mla_decode_fp8 import fp8_inputs
 from tests.test_mla_sparse import TOLERANCES as SPARSE
 from tests.test_mla_sparse import sparse_inputs
+from tests.test_mla_sparse_fp8 import sparse_fp8_inputs
 from tests.test_ops import (
     DECODE_TOLERANCES,
     HALF,
@@ -54,6 +55,8 @@ def arguments(name, dtype):
         return *decode_inputs([37, 0, 5], page_size=16, s_q=2, dtype=dtype), True, 2
     if name == "mla_decode_fp8":
         return *fp8_inputs([37, 0, 5], page_size=16, s_q=2, dtype=dtype), True, 2
+    if name == "mla_sparse_fp8":
+        return *sparse_fp8_inputs([37, 0, 5, 1], 40, page_size=7, pages=9, s_q=2, dtype=dtype), 2, True
     if name == "mla_sparse":
         return *sparse_inputs([37, 0, 5, 1], 40, page_size=7, pages=9, s_q=2, dtype=dtype), 2, True
     return *prefill_inputs([5, 0, 18], [7, 2, 17], heads=2, dtype=dtype), True
@@ -62,7 +65,10 @@ def arguments(name, dtype):
 def tolerances(name, dtype, backend):
     """PyTorch's lse on a CPU is less exact than the kernels': tests/test_ops.py says why."""
     decode, prefill = (DECODE, PREFILL) if backend == "kernel" else (DECODE_TOLERANCES, PREFILL_TOLERANCES)
-    of = {"mla_decode": decode, "mla_decode_fp8": decode, "mla_prefill": prefill, "mla_sparse": SPARSE}
+    of = {"mla_prefill": prefill}
+    of |= dict.fromkeys(("mla_decode", "mla_decode_fp8"), decode) | dict.fromkeys(
+        ("mla_sparse", "mla_sparse_fp8"), SPARSE
+    )
     return of[name][dtype] if name in of else (ROUNDED[dtype],)
 
 
@@ -192,7 +198,10 @@ def test_an_ops_own_gate_goes_first(toy, launches):
 
 @pytest.mark.parametrize(
     "name, kernel",
-    [*[(name, name) for name in NAMES], *((f"mla_{n}", "mla_combine") for n in ("decode", "decode_fp8", "sparse"))],
+    [
+        *[(name, name) for name in NAMES],
+        *((f"mla_{n}", "mla_combine") for n in ("decode", "decode_fp8", "sparse", "sparse_fp8")),
+    ],
     ids=lambda value: value,
 )
 def test_without_a_tile_pytorch_runs_and_the_reason_says_so(toy, launches, name, kernel):
@@ -242,7 +251,8 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in fp8.NAMES])  # their sizes are the layout's
+# What the rest takes the layout says, or the op
+@pytest.mark.parametrize("name", REFUSED)
 def test_sizes_that_a_kernel_does_not_take(name, launches):
     make, words = REFUSED[name]
     args = make()
