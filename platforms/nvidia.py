@@ -145,7 +145,8 @@ _SPARSE = (
     # Async wgmma. Triton 3.9 spills in every tile of 64 rows, 3.6 with 64 keys.
     _sparse(64, 32, 512, 8, 2, 33, "sm_90", triton=("3.6", "3.7"), latent=(512, 512)),
     _sparse(64, 32, 256, 8, 2, 33, "sm_80", "sm_87", triton=("3.9", None), latent=(512, 512)),
-    _sparse(32, 32, 256, 8, 2, 17, latent=(256, 256)),
+    _sparse(32, 64, 256, 8, 3, 17, "sm_90", triton=("3.9", None), latent=(256, 256)),
+    _sparse(32, 32, 256, 4, 2, 17, latent=(256, 256)),
     # A thread holds the addresses of its share of the keys: with one accumulator of 512 columns they spill where pages
     # lie apart from each other. Three stages keep two tiles of keys in flight.
     _sparse(32, 64, 256, 8, 3, 17, "sm_90", "sm_100"),
