@@ -158,7 +158,14 @@ def test_the_three_gates(toy, launches, name, mode, dtype):
     of_value = torch.uint8 if name in fp8.NAMES and name in WRITING else dtype
     assert results[0].dtype == of_value and all(r.dtype == torch.float32 for r in results[1:])
     check_against_float64(name, args, results, choice.backend)
-    floats = {d for _, dtypes in launches for d in dtypes if d in HALF}
+    # An fp8 cache's rope columns are bfloat16, whatever the queries are; its kernel takes them behind its codes.
+    rope = 4 if name.endswith("_fp8") else None
+    floats = {
+        d
+        for kernel, dtypes in launches
+        for place, d in enumerate(dtypes)
+        if d in HALF and not (kernel == name and place == rope)
+    }
     if mode == "reference":
         assert choice.backend == "reference" and REASON[mode] in choice.reason and launches == []
         for result, wanted in zip(results, outcome(name, getattr(ops, name).reference, args), strict=True):
@@ -216,7 +223,8 @@ def test_without_a_tile_pytorch_runs_and_the_reason_says_so(toy, launches, name,
         called(name, args)
     with ntops_mla.use("kernel"), pytest.raises(BackendUnavailableError, match=f"no tile of {kernel} for bfloat16"):
         called(name, args)
-    for other in set(NAMES) - ({"mla_decode", "mla_sparse"} if kernel == "mla_combine" else {name}):
+    split = {other for other in NAMES if other.startswith(("mla_decode", "mla_sparse"))}
+    for other in set(NAMES) - (split if kernel == "mla_combine" else {name}):
         assert getattr(ops, other).explain(*arguments(other, torch.bfloat16)).backend == "kernel"
 
 
