@@ -107,7 +107,7 @@ PLATFORM = Platform(
         _tile("mla_sparse", 4, _HALF, ("MTT S5000",), block_h=16, block_n=32, block_c=512),
         _tile("mla_sparse", 4, block_h=16, block_n=16, block_c=512),
         _tile("mla_sparse_fp8", 8, _HALF, ("MTT S5000",), {"rows": (17, None)}, block_h=32, block_n=32, hardware=0),
-        _tile("mla_sparse_fp8", 4, _HALF, when={"rows": (17, None)}, block_h=32, block_n=16, hardware=0),
+        # 32 rows spill where pages lie apart from each other
         _tile("mla_sparse_fp8", 4, block_h=16, block_n=16, hardware=0),
         _tile("mla_prefill", 4, _HALF, block_m=32, block_n=32),
         _tile("mla_prefill", 4, ("float32",), block_m=16, block_n=16),
