@@ -139,7 +139,7 @@ _DECODE_FP8 = (
     # Addresses for each key: 64 keys spill, and so do 32 with 4 warps
     *_fp8(32, 32, 8, 2, 17, kernel="mla_sparse_fp8"),
     *_fp8(16, 16, 4, 2, 1, kernel="mla_sparse_fp8"),
-    *_fp8(16, 16, 8, 1, 1, kernel="mla_sparse_fp8", dtypes=("float32",)),
+    *_fp8(16, 16, 4, 1, 1, kernel="mla_sparse_fp8", dtypes=("float32",)),
 )
 _SPARSE = (
     # Async wgmma. Triton 3.9 spills in every tile of 64 rows, 3.6 with 64 keys.
