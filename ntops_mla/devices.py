@@ -308,6 +308,14 @@ def graph_problem(device: torch.device | str) -> str | None:
     return f"torch.{device.type} has no {' and no '.join(missing)}" if missing else None
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched now is captured as a graph, so that nothing can be waited for."""
+    if device.type in ("cpu", "meta"):
+        return False
+    asked = getattr(device_module(device), "is_current_stream_capturing", None)
+    return asked is not None and asked()
+
+
 def capture(device: torch.device | str, function: Callable[[], object], pool: object = None) -> Captured:
     """Capture the work that `function` launches; what compiles, and the first choice of an op, must be behind it."""
     device = _as_device(device)

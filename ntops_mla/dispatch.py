@@ -80,7 +80,7 @@ class OpSpec:
 @dataclass(frozen=True)
 class Settings:
     """What overrides the choice: backend auto | kernel | reference; strict; a platform's name instead of detection;
-    what was found on a board; `check`: ops look at the values of tables, lengths and indices first."""
+    what was found on a board; `check`: the values of tables, lengths, slots and indices are looked at first."""
 
     backend: str = "auto"
     strict: bool = False

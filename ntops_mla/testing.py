@@ -27,8 +27,10 @@ class Tolerance(NamedTuple):
 # For bfloat16 and float16 inputs, as FlashMLA's own tests have them.
 DECODE_OUT = Tolerance(8e-4, 2.01 / 128, 5e-6)
 DECODE_LSE = Tolerance(1e-6, 8.01 / 65536)
-# Over an fp8 cache, against the dequantised one
-FP8_OUT = Tolerance(1e-3, 2.01 / 128, 5e-6)
+# Sparse decode, and whatever reads an fp8 cache, against the dequantised one; its lse as in dense decode
+FP8_OUT = SPARSE_OUT = Tolerance(1e-3, 2.01 / 128, 5e-6)
+SPARSE_PREFILL_OUT = Tolerance(8e-4, 3.01 / 128, 7e-6)
+SPARSE_PREFILL_LSE = Tolerance(1e-6, 2.01 / 65536)
 PREFILL_OUT = Tolerance(1e-3, 8.01 / 128, 7e-6)
 PREFILL_LSE = Tolerance(1e-6, 2.01 / 65536)
 

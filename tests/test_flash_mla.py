@@ -310,6 +310,12 @@ def test_foreign_metadata(name, value):
         flash_mla.flash_mla_with_kvcache(**{**arguments(), name: value})
 
 
+def test_arguments_of_other_releases_are_not_looked_at():
+    lengths = torch.zeros(2, dtype=torch.int32)
+    metadata, _ = flash_mla.get_mla_metadata(lengths, 4, 1, 4, False, None, "more", other=3)
+    flash_mla.flash_mla_with_kvcache(**{**arguments(), "tile_scheduler_metadata": metadata})
+
+
 def test_no_metadata():
     with pytest.raises(TypeError, match=r"tile_scheduler_metadata must be .*got builtins\.NoneType"):
         flash_mla.flash_mla_with_kvcache(**{**arguments(), "tile_scheduler_metadata": None})
@@ -358,6 +364,11 @@ def test_a_failed_call_leaves_its_metadata_unused():
 def test_bad_arguments(name, value, error, words):
     with pytest.raises(error, match=f"^flash_mla_with_kvcache: {name} .*{words}"):
         flash_mla.flash_mla_with_kvcache(**{**arguments(), name: value})
+
+
+def test_the_other_layout():
+    with pytest.raises(NotImplementedError, match="flash_mla_with_kvcache: q: heads of 512 columns"):
+        flash_mla.flash_mla_with_kvcache(**{**arguments(), "q": torch.zeros(2, 1, 4, 512)})
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """FlashMLA's functions by indices, and over its fp8 cache: FlashMLA's cases, what arguments mean, refusals."""
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -190,10 +191,11 @@ def test_sinks_and_rows_without_keys():
     assert_close(out[0, 2:], plain[0, 2:].double() / (1 + (sink[2:] - lse[0, 2:]).double().exp())[:, None], EXACT)
 
 
-def test_indices_that_lie_nowhere_are_not_read():
+@pytest.mark.parametrize("fp8", [True, False], ids=["fp8", "plain"])
+def test_indices_that_lie_nowhere_are_not_read(fp8):
     """In a view of a larger tensor, whose rest is NaN."""
     case = SMALL._replace(extra=None)
-    inputs = cases.make_inputs(case, False, dtype=torch.float32)
+    inputs = cases.make_inputs(case, fp8, dtype=torch.float32)
     expected = cases.reference(case, inputs)
     indices = inputs.indices.clone()
     free = indices < 0
@@ -300,6 +302,10 @@ def test_metadata_made_for_another_topk():
         ("causal", True, ValueError, "must be False with indices"),
         ("head_dim_v", 256, ValueError, "must be of 512 columns over an fp8 cache, got 256"),
         ("softmax_scale", "1", TypeError, "must be a number"),
+        ("k_cache", torch.zeros(8, 16, 1, 700, dtype=torch.uint8)[..., :656], ValueError, "must have the 656 bytes"),
+        ("extra_k_cache", torch.zeros(8, 16, 1, 700, dtype=torch.uint8)[..., :656], ValueError, "656 bytes of a token"),
+        ("k_cache", torch.zeros(8, 0, 1, 656, dtype=torch.uint8), ValueError, "a page size of at least 1"),
+        ("indices", torch.zeros(3, 2, 24, dtype=torch.int32).to_sparse(), TypeError, "must be a dense tensor"),
     ],
 )  # fmt: skip
 def test_bad_arguments(name, value, error, words):
@@ -353,12 +359,53 @@ def test_indices_are_looked_at_when_asked(monkeypatch):
     wrong[2, 1, 7] = slots
     with pytest.raises(ValueError, match=rf"indices must be -1 or .*got {slots} for request 2, token 1, position 7"):
         run(inputs, indices=wrong)
+    # Behind the counted ones lies what likes.
+    counts = torch.tensor([5, 0, 7], dtype=torch.int32)
+    out, lse = run(inputs, indices=wrong, topk_length=counts)
+    plain = run(inputs, topk_length=counts)
+    assert torch.equal(out, plain[0]) and torch.equal(lse, plain[1])
     more = inputs.extra_indices_in_kvcache.clone()
     more[0, 0, 3] = -2
     with pytest.raises(
         ValueError, match=r"extra_indices_in_kvcache must be .*got -2 for request 0, token 0, position 3"
     ):
         run(inputs, extra_indices_in_kvcache=more)
+
+
+def test_a_number_may_be_numpys():
+    inputs = cases.make_inputs(SMALL, True)
+    scale = np.float32(0.25)
+    assert torch.equal(run(inputs, softmax_scale=scale)[0], run(inputs, softmax_scale=0.25)[0])
+    given = prefill_arguments()
+    expected = flash_mla.flash_mla_sparse_fwd(**{**given, "sm_scale": 0.25})
+    assert torch.equal(flash_mla.flash_mla_sparse_fwd(**{**given, "sm_scale": scale})[0], expected[0])
+
+
+@pytest.mark.parametrize("fp8", [True, False], ids=["fp8", "plain"])
+def test_in_a_compiled_graph(fp8):
+    inputs = cases.make_inputs(SMALL._replace(scope=Scope(40, 24, 16, True)), fp8, dtype=torch.float32)
+    metadata, _ = flash_mla.get_mla_metadata()
+    given = inputs.arguments()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(**tensors):
+        return flash_mla.flash_mla_with_kvcache(
+            **{**given, **tensors}, tile_scheduler_metadata=metadata, num_splits=None
+        )
+
+    tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+    expected = run(inputs)
+    for _ in range(2):
+        out, lse = step(**tensors)
+        assert_close(out, expected[0].double(), EXACT)
+        assert_close(lse, expected[1].double(), EXACT)
+
+
+def test_sparse_prefill_in_a_compiled_graph():
+    given = prefill_arguments()
+    step = torch.compile(flash_mla.flash_mla_sparse_fwd, fullgraph=True, backend="aot_eager")
+    for mine, theirs in zip(step(**given), flash_mla.flash_mla_sparse_fwd(**given)):
+        assert_close(mine, theirs.double(), EXACT)
 
 
 def test_no_gradient():

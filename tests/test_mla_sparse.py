@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ntops_mla import ops
-from ntops_mla.testing import DECODE_LSE, PREFILL_LSE, Tolerance, assert_close
+from ntops_mla.testing import DECODE_LSE, PREFILL_LSE, SPARSE_OUT, assert_close
 from tests.test_ops import (
     DOUBLE,
     DTYPES,
@@ -28,7 +28,6 @@ SPARSE = importlib.import_module("ntops_mla.ops.mla_sparse")
 _ADDS = SPARSE._adds_before_it_rounds
 
 # FlashMLA's, of its sparse decode; the lse of the two-byte dtypes and the largest score, which has no rounded weights.
-SPARSE_OUT = Tolerance(1e-3, 2.01 / 128, 5e-6)
 TOLERANCES = {
     **{dtype: (SPARSE_OUT, DECODE_LSE, PREFILL_LSE) for dtype in HALF},
     torch.float32: (SINGLE, LSE, LSE),

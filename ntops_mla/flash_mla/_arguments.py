@@ -8,6 +8,7 @@ import torch
 
 from ntops_mla.ops import _check
 from ntops_mla.ops._fp8 import LATENT, ROPE, TOKEN_BYTES
+from ntops_mla.ops.mla_decode_fp8 import check_bytes
 
 # Element types that an fp8 cache may come in: its bytes are what counts.
 _BYTES = (torch.float8_e4m3fn, torch.uint8, torch.int8)
@@ -31,18 +32,20 @@ def count(op: str, name: str, value: object, least: int) -> None:
         raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
 
 
-def scale(op: str, softmax_scale: float | None, q: torch.Tensor) -> float:
-    """softmax_scale, or 1 / sqrt of q's columns."""
-    if softmax_scale is None:
+def scale(op: str, value: float | None, q: torch.Tensor, name: str = "softmax_scale") -> float:
+    """The scale of the scores, None: 1 / sqrt of q's columns."""
+    if value is None:
         return max(q.shape[-1], 1) ** -0.5
-    _check.number(op, "softmax_scale", softmax_scale)
-    return softmax_scale
+    # What is a number and no Python one, numpy's say, becomes one
+    value = float(value) if isinstance(value, numbers.Real) and not isinstance(value, (bool, int, float)) else value
+    _check.number(op, name, value)
+    return value
 
 
-def columns(op: str, q: torch.Tensor, name: str, value: object, *, sparse: bool, fp8: bool = False) -> None:
-    """`value`, the columns of the value, fit q; where FlashMLA has another layout, that is refused by its name."""
+def columns(op: str, q: torch.Tensor, name: str, value: object, *, fp8: bool = False) -> None:
+    """`value`, the columns of the value, fit q; FlashMLA's other layout is refused by its name."""
     count(op, name, value, 1)
-    if (sparse or fp8) and q.shape[-1] == 512:
+    if q.shape[-1] == 512:
         raise NotImplementedError(f"{op}: q: {_MODEL1}")
     if fp8:
         for argument, found, expected in (("q", q.shape[-1], LATENT + ROPE), (name, value, LATENT)):
@@ -65,6 +68,8 @@ def cache(op: str, name: str, value: object, q: torch.Tensor, fp8: bool) -> torc
             f"{op}: {name} must be {shape}, one latent that all heads share (h_kv 1), got h_kv {value.shape[2]} in "
             f"shape {list(value.shape)}"
         )
+    if value.shape[1] < 1:
+        raise ValueError(f"{op}: {name} must have a page size of at least 1, got shape {list(value.shape)}")
     if not fp8:
         _check.size(op, name, value, 3, width, shape)
         _check.same(op, "q", q, (name, value))
@@ -74,7 +79,11 @@ def cache(op: str, name: str, value: object, q: torch.Tensor, fp8: bool) -> torc
         raise NotImplementedError(f"{op}: {name}: {_MODEL1}")
     _check.size(op, name, value, 3, width, shape)
     _check.same_device(op, "q", q, (name, value))
-    return value.view(torch.uint8)[:, :, 0]
+    found = value.view(torch.uint8)[:, :, 0]
+    # With a page's tokens adjacent, as FlashMLA wants them. While a call is traced nobody knows an offset: the op asks.
+    if not torch.compiler.is_compiling():
+        check_bytes(op, name, found)
+    return found
 
 
 def indices(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ntops_mla import dispatch, ops
+from ntops_mla.devices import capturing
 from ntops_mla.flash_mla import _arguments, metadata
 from ntops_mla.flash_mla.metadata import FlashMLASchedMeta
 from ntops_mla.flash_mla.sparse import infinite, with_sink
@@ -37,9 +38,10 @@ def flash_mla_with_kvcache(
 
     q: `[B, s_q, H, 576]`. k_cache: `[pages, page_size, 1, 576]` of q's dtype, or with is_fp8_kvcache `[pages,
     page_size, 1, 656]` of float8_e4m3fn, uint8 or int8: a token's 512 e4m3 codes, four float32 scales, 64 bfloat16
-    columns. head_dim_v: 512 (q and k_cache of 288 columns and 256 work too, not in fp8). Any strides.
-    tile_scheduler_metadata, num_splits: what `get_mla_metadata` returned; one pair serves all calls of one batch size,
-    s_q, H, page size, causal, format and topk, and lengths may change between them. softmax_scale: None, 1 / sqrt(576).
+    columns. head_dim_v: 512 (q and k_cache of 288 columns and 256 work too, not in fp8; other widths in PyTorch). Any
+    strides. tile_scheduler_metadata, num_splits: what `get_mla_metadata` returned; one pair serves all calls of one
+    batch size, s_q, H, page size, causal, format and topk, and lengths may change between them. softmax_scale: None, 1
+    / sqrt(576).
 
     Dense, without indices: page_size is a power of two. block_table: int32 `[B, max_pages]`; entries past a request's
     pages and slots past its length are never read. cache_seqlens: int32 `[B]`, with the new tokens. causal: row i of
@@ -52,8 +54,9 @@ def flash_mla_with_kvcache(
     `[H]`, -inf without effect, +inf makes out 0; lse is without it.
 
     Returns out `[B, s_q, H, 512]` of q's dtype (bfloat16, float16, float32; float64 by PyTorch) and lse float32 `[B, H,
-    s_q]`, natural logarithm; neither ever requires grad. A row that sees no key: out 0, lse +inf. Under
-    NTOPS_MLA_CHECK=1 block table, lengths and indices are looked at first. Raises TypeError or ValueError that names
+    s_q]`, natural logarithm; neither ever requires grad. A row that sees no key: out 0, lse +inf. Nothing waits for the
+    device, unless PyTorch runs in the place of a dense kernel and reads the lengths, or under NTOPS_MLA_CHECK=1, where
+    block table, lengths and indices are looked at first. Raises TypeError or ValueError that names
     the argument, NotImplementedError for FlashMLA's other layout (512 columns, 584 bytes). Source:
     deepseek-ai/FlashMLA, flash_mla_interface.py and tests/ref.py.
     """
@@ -62,7 +65,7 @@ def flash_mla_with_kvcache(
     _check.dtype(op, "q", q)
     _check.flag(op, "is_fp8_kvcache", is_fp8_kvcache)
     _check.flag(op, "causal", causal)
-    _arguments.columns(op, q, "head_dim_v", head_dim_v, sparse=indices is not None, fp8=is_fp8_kvcache)
+    _arguments.columns(op, q, "head_dim_v", head_dim_v, fp8=is_fp8_kvcache)
     cache = _arguments.cache(op, "k_cache", k_cache, q, is_fp8_kvcache)
     extra = None
     if indices is None:
@@ -138,9 +141,10 @@ def _dense(op, q, cache, latent, block_table, cache_seqlens, scale, config):
 def _sparse(op, q, cache, latent, indices, topk_length, scale, config):
     """out `[B, s_q, H, C]`, lse `[B, s_q, H]`."""
     name, value = indices
-    if dispatch.settings().check:
-        _inspect.indices(op, name, value, cache.shape[0] * cache.shape[1])
     counts = None if topk_length is None else topk_length[:, None].expand(value.shape[:2])
+    # Here, because the op takes indices that lie nowhere, as sparse prefill does. A traced call has no values yet.
+    if not torch.compiler.is_compiling() and dispatch.settings().check and not capturing(value.device):
+        _inspect.indices(op, name, value, cache.shape[0] * cache.shape[1], counts)
     run, caches = (ops.mla_sparse_fp8, (cache,)) if config.is_fp8_kvcache else (ops.mla_sparse, _halves(cache, latent))
     out, lse, _ = run(*_halves(q, latent), *caches, value, scale, counts)
     return out, lse

@@ -68,14 +68,16 @@ def get_mla_metadata(
     num_heads_q: int | None = None,
     is_fp8_kvcache: bool = False,
     topk: int | None = None,
-    *,
+    *args: object,
     num_q_tokens_per_head_k: int | None = None,
+    **kwargs: object,
 ) -> tuple[FlashMLASchedMeta, None]:
     """Make the two objects that `flash_mla_with_kvcache` wants as tile_scheduler_metadata and num_splits.
 
     No argument is needed. The old forms' are taken and checked against the call that follows: cache_seqlens int32
     `[B]`; num_heads_per_head_k (later num_q_tokens_per_head_k) = s_q * H // num_heads_k; num_heads_k = 1; num_heads_q =
-    H; is_fp8_kvcache True and topk, where given, as the call has them. Nothing is computed and no length is read.
+    H; is_fp8_kvcache True and topk, where given, as the call has them. Whatever else is given is not looked at, as in
+    FlashMLA. Nothing is computed and no length is read.
 
     Returns (FlashMLASchedMeta, None). Raises TypeError or ValueError that names the argument. Source:
     deepseek-ai/FlashMLA, flash_mla_interface.py, and its first releases.

@@ -25,9 +25,9 @@ def flash_mla_sparse_fwd(
     with attn_sink: out exp(lse) / (exp(lse) + exp(attn_sink))
 
     q: `[s_q, H, 576]`. kv: `[s_kv, 1, 576]`. indices: int32 `[s_q, 1, topk]`; below 0 or from s_kv on: no key, and
-    nothing is read; one that is named twice counts twice. d_v: 512 (q and kv of 288 columns and 256 work too).
-    attn_sink: float32 `[H]`, -inf without effect, +inf makes out 0; lse and max_logits are without it. topk_length:
-    int32 `[s_q]`, only as many of a token's first indices count. Any strides, any H, s_q and topk.
+    nothing is read; one that is named twice counts twice. d_v: 512 (q and kv of 288 columns and 256 work too; other
+    widths in PyTorch). attn_sink: float32 `[H]`, -inf without effect, +inf makes out 0; lse and max_logits are without
+    it. topk_length: int32 `[s_q]`, only as many of a token's first indices count. Any strides, any H, s_q and topk.
 
     Returns out `[s_q, H, 512]` of q's dtype (bfloat16, float16, float32; float64 by PyTorch), max_logits and lse
     float32 `[s_q, H]`, natural logarithm (FlashMLA's README still says base 2, its kernels and tests do not). A row
@@ -38,14 +38,16 @@ def flash_mla_sparse_fwd(
     op = "flash_mla_sparse_fwd"
     _check.tensor(op, "q", q, "[s_q, H, 576]", 3)
     _check.dtype(op, "q", q)
-    _arguments.columns(op, q, "d_v", d_v, sparse=True)
+    _arguments.columns(op, q, "d_v", d_v)
     _check.tensor(op, "kv", kv, f"[s_kv, 1, {q.shape[2]}]", 3)
     for dim, expected in ((1, 1), (2, q.shape[2])):
         _check.size(op, "kv", kv, dim, expected, f"[s_kv, 1, {q.shape[2]}]")
     _check.same(op, "q", q, ("kv", kv))
     lengths = "topk_length", topk_length
     _arguments.indices(op, q, ("indices", indices), lengths, (q.shape[0], 1), "[s_q, 1, topk]")
-    _check.number(op, "sm_scale", sm_scale)
+    if sm_scale is None:
+        raise TypeError(f"{op}: sm_scale must be a number, got None")
+    sm_scale = _arguments.scale(op, sm_scale, q, "sm_scale")
     _arguments.sink(op, q, q.shape[1], attn_sink)
     with torch.no_grad():
         # Each key a page of its own: its address is an int64 product.

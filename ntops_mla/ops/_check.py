@@ -11,6 +11,8 @@ def tensor(op: str, name: str, value: object, shape: str, dims: int) -> None:
     """`value` is a tensor of rank `dims`; `shape` is the text of what is expected."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a tensor {shape}, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got one of layout {value.layout}")
     if value.dim() != dims:
         raise ValueError(f"{op}: {name} must be {shape}, got shape {list(value.shape)}")
 

@@ -20,6 +20,7 @@ GROUPS = LATENT // GROUP
 TOKEN_BYTES = LATENT + 4 * GROUPS + 2 * ROPE  # 656
 # Of float8_e4m3fn: the largest value. And the least scale: FlashMLA's 1e-4, rounded up to a power of two.
 LARGEST = 448.0
+NAN = 0x7F  # its code
 LEAST_SCALE = 2.0**-13
 
 
@@ -39,7 +40,9 @@ def quantize_into(cache: torch.Tensor, latent: torch.Tensor, pe: torch.Tensor) -
     # amax / 448 as mantissa in [0.5, 1) and exponent: rounded up to a power of two without a logarithm's error
     mantissa, exponent = torch.frexp((groups.abs().amax(-1) / LARGEST).clamp_min(LEAST_SCALE))
     scale = torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).to(exponent.dtype))
-    codes.copy_((groups / scale[..., None]).to(torch.float8_e4m3fn).view(torch.uint8).flatten(-2))
+    found = (groups / scale[..., None]).to(torch.float8_e4m3fn).view(torch.uint8)
+    # The cast makes 448 of an infinity, which nobody would notice
+    codes.copy_(found.masked_fill(~groups.isfinite(), NAN).flatten(-2))
     scales.copy_(scale)
     rope.copy_(pe)
 

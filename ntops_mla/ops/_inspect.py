@@ -27,9 +27,12 @@ def table(op: str, block_table: torch.Tensor, seq_lens: torch.Tensor, pages: int
         )
 
 
-def indices(op: str, name: str, value: torch.Tensor, slots: int) -> None:
-    """Indices `[B, s_q, topk]` are -1 or slots of the cache."""
-    place = _first((value < -1) | (value >= slots))
+def indices(op: str, name: str, value: torch.Tensor, slots: int, counts: torch.Tensor | None = None) -> None:
+    """Indices `[B, s_q, topk]` are -1 or slots of the cache, the first `counts` `[B, s_q]` of them."""
+    wrong = (value < -1) | (value >= slots)
+    if counts is not None:
+        wrong &= torch.arange(value.shape[2], device=value.device) < counts[..., None]
+    place = _first(wrong)
     if place is not None:
         raise ValueError(
             f"{op}: {name} must be -1 or from 0 to {slots - 1}, a slot of the cache, got {int(value[place])} for "

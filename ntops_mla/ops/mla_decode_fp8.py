@@ -66,24 +66,29 @@ def check_fp8(op: str, q_nope: object, q_pe: object, cache: object) -> None:
     _check.size(op, "q_pe", q_pe, 3, ROPE, "[B, s_q, H, R]")
     _check.tensor(op, "cache", cache, _SHAPE, 3)
     _check.dtype(op, "cache", cache, (torch.uint8, torch.float8_e4m3fn))
-    _check.size(op, "cache", cache, 2, TOKEN_BYTES, _SHAPE)
+    check_bytes(op, "cache", cache)
+    _check.same(op, "q_nope", q_nope, ("q_pe", q_pe))
+    _check.same_device(op, "q_nope", q_nope, ("cache", cache))
+
+
+def check_bytes(op: str, name: str, cache: torch.Tensor) -> None:
+    """`cache` `[pages, page_size, 656]` can be read as codes, scales and rope columns."""
+    _check.size(op, name, cache, 2, TOKEN_BYTES, _SHAPE)
     if cache.shape[1] < 1:
-        raise ValueError(f"{op}: cache must have a page size of at least 1, got shape {list(cache.shape)}")
+        raise ValueError(f"{op}: {name} must have a page size of at least 1, got shape {list(cache.shape)}")
     # Of a dimension of one element the stride says nothing.
     pages, page_size, _ = cache.shape
     page, token, byte = cache.stride()
     if byte != 1 or (page_size > 1 and token != TOKEN_BYTES):
         raise ValueError(
-            f"{op}: cache must have the {TOKEN_BYTES} bytes of a token, and a page's tokens, adjacent, "
+            f"{op}: {name} must have the {TOKEN_BYTES} bytes of a token, and a page's tokens, adjacent, "
             f"got strides {[page, token, byte]}"
         )
     if (pages > 1 and page % 4) or cache.storage_offset() % 4:
         raise ValueError(
-            f"{op}: cache must have its pages at multiples of 4 bytes, for the scales in them, "
+            f"{op}: {name} must have its pages at multiples of 4 bytes, for the scales in them, "
             f"got {cache.storage_offset()} + n * {page}"
         )
-    _check.same(op, "q_nope", q_nope, ("q_pe", q_pe))
-    _check.same_device(op, "q_nope", q_nope, ("cache", cache))
 
 
 def _check_args(q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal, num_splits):

@@ -19,9 +19,10 @@ from ntops_mla.platform import Platform, Tile
 
 _NO_KEY = float("-inf")
 
-# Keys that a split has at least, unless the caller says how many splits there are. Fewer than in mla_decode: a token
-# has 2048 at most as a rule, and one request shall fill a board.
-_SPLIT_KEYS = 128
+# Keys that a split has at least, unless the caller says how many splits there are. Fewer than in mla_decode, as in
+# FlashMLA: a token has 2048 at most as a rule, and one of 128 heads then makes 64 programs with a tile of 64 rows and
+# 128 with one of 32.
+_SPLIT_KEYS = 64
 
 # Of the reference on a CPU, for each thread: bytes gathered at once. What is gathered and its scores stay in the caches
 # then, and are no new pages of memory each time, which cost more than the products.

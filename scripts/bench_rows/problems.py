@@ -23,9 +23,9 @@ from bench_rows.problem import (
     chosen,
     seed_of,
 )
-from bench_rows.sparse_problems import FP8_OUT, Sparse, SparsePrefill
+from bench_rows.sparse_problems import Sparse, SparsePrefill
 from ntops_mla.ops import _fp8
-from ntops_mla.testing import DECODE_LSE, DECODE_OUT, PREFILL_LSE, PREFILL_OUT, Tolerance
+from ntops_mla.testing import DECODE_LSE, DECODE_OUT, FP8_OUT, PREFILL_LSE, PREFILL_OUT, Tolerance
 
 # A product of rows that were rounded to two bytes before: each of its terms is off by 2^-9 / sqrt(3) on average, which
 # makes 1.2e-3 of outputs of size 1. Twelve times that, and the output's own rounding, twice where it is scaled after.

@@ -8,19 +8,14 @@ from bench_rows import counting
 from bench_rows.cases import PAGE
 from bench_rows.problem import DECODE_SCALE, LATENT, WIDTH, Problem, chosen
 from ntops_mla.ops import _fp8
-from ntops_mla.testing import DECODE_LSE, Tolerance
-
-# FlashMLA's, of decode over an fp8 cache (against what its bytes say) and of sparse prefill.
-FP8_OUT = Tolerance(1e-3, 2.01 / 128, 5e-6)
-SPARSE_PREFILL_OUT = Tolerance(8e-4, 3.01 / 128, 7e-6)
-SPARSE_PREFILL_LSE = Tolerance(1e-6, 2.01 / 65536)
+from ntops_mla.testing import DECODE_LSE, SPARSE_OUT, SPARSE_PREFILL_LSE, SPARSE_PREFILL_OUT
 
 
 class Sparse(Problem):
     """q `[B, s_q, H, 576]`, a cache `[pages, 64, 576]` or, with `fp8`, uint8 `[pages, 64, 656]`, and indices int32 `[B,
     s_q, topk]` of each request's own pages, in random order."""
 
-    tolerance, lse_tolerance = FP8_OUT, DECODE_LSE
+    tolerance, lse_tolerance = SPARSE_OUT, DECODE_LSE
 
     def __init__(self, case, device, dtype, budget) -> None:
         super().__init__(case, device, dtype, budget)

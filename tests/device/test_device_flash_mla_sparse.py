@@ -6,7 +6,7 @@ In the interpreter the same with few heads, few indices and at most two requests
 import pytest
 import torch
 
-from ntops_mla import dispatch, flash_mla
+from ntops_mla import devices, dispatch, flash_mla
 from ntops_mla.devices import detect
 from ntops_mla.testing import assert_close
 from tests import flash_mla_cases as dense
@@ -101,3 +101,59 @@ def test_dense_decode_over_the_fp8_cache(device, case):
     expected = dense.reference(case, plain)
     assert_close(out, expected.out, cases.SPARSE_OUT, case.name)
     assert_close(lse, expected.lse, cases.DECODE_LSE, case.name)
+
+
+GRAPHED = cases.SparseCase(2, 2, 9, cases.Scope(40, 24, 7, True), extra=cases.Scope(20, 10, 2, True))
+
+
+def calls(device):
+    """Each function with its inputs on the device."""
+    for fp8 in (True, False):
+        inputs = cases.make_inputs(GRAPHED, fp8, device)
+        metadata = dict(zip(("tile_scheduler_metadata", "num_splits"), flash_mla.get_mla_metadata()))
+        given = {**inputs.arguments(), **metadata}
+        yield lambda given=given: flash_mla.flash_mla_with_kvcache(**given), given
+    prefill = cases.make_prefill_inputs(cases.SparsePrefillCase(3, 50, 40, 9, True, True), device)
+    yield lambda: flash_mla.flash_mla_sparse_fwd(*prefill), prefill._asdict()
+    plain = dense.make_inputs(dense.Case(2, 2, 70, 3, True, True))
+    for inputs, fp8 in ((plain, False), (cases.to_fp8(plain)[0], True)):
+        given = dict(zip(dense.Inputs._fields, (x.to(device) for x in inputs)))
+        metadata = flash_mla.get_mla_metadata()[0]
+        options = {"head_dim_v": 512, "tile_scheduler_metadata": metadata, "causal": True, "is_fp8_kvcache": fp8}
+        yield lambda given=given, options=options: flash_mla.flash_mla_with_kvcache(**given, **options), given
+
+
+def test_no_call_waits_for_the_device(device):
+    module = devices.device_module(device)
+    if not hasattr(module, "set_sync_debug_mode"):
+        pytest.skip(f"torch.{device.type} has no set_sync_debug_mode")
+    for call, _ in calls(device):
+        call()  # compiles
+        devices.synchronize(device)
+        module.set_sync_debug_mode("error")
+        try:
+            call()
+        finally:
+            module.set_sync_debug_mode("default")
+
+
+def test_a_graph_follows_other_lengths_and_indices(device):
+    if reason := devices.graph_problem(device):
+        pytest.skip(reason)
+    for call, given in calls(device):
+        with devices.side_stream(device):
+            call()
+        devices.synchronize(device)
+        graph = devices.capture(device, call)
+        for name, change in (
+            ("topk_length", lambda x: x.clamp(max=3)),
+            ("extra_topk_length", lambda x: x.clamp(max=2)),
+            ("indices", lambda x: x.masked_fill(x == x.amax(), -1)),
+            ("cache_seqlens", lambda x: x - 1),
+        ):
+            if given.get(name) is not None:
+                given[name].copy_(change(given[name].clone()))
+        graph.replay()
+        devices.synchronize(device)
+        for mine, theirs in zip(graph.result, call()):
+            assert torch.equal(mine, theirs)

@@ -70,15 +70,19 @@ def test_dense_over_the_fp8_cache(case):
 class NoWait(TorchDispatchMode):
     """Refuses what makes the host wait for a device: a value read, a size that hangs on values, a copy to the host."""
 
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "repeat_interleave", "is_nonzero")
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.name()
-        assert "_local_scalar_dense" not in name and "nonzero" not in name and "masked_select" not in name, name
+        name = function.name().removeprefix("aten::").partition(".")[0]
+        assert name not in self.WAITING and not name.startswith(("unique", "_unique")), name
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            assert not any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]), f"{name} by a mask"
         device = (kwargs or {}).get("device")
-        assert not (name == "aten::_to_copy" and device is not None and torch.device(device).type == "cpu"), name
+        assert not (name == "_to_copy" and device is not None and torch.device(device).type == "cpu"), name
         return function(*args, **(kwargs or {}))
 
 
-def test_no_call_waits_for_the_device():
+def test_no_call_waits_for_the_device(monkeypatch):
     """All that the host does but the launches themselves."""
     sparse = SparseCase(2, 2, 9, Scope(40, 24, 7, True), extra=Scope(20, 10, 2, True))
     calls = [functools.partial(run, cases.make_inputs(sparse, fp8)) for fp8 in (True, False)]
@@ -94,9 +98,20 @@ def test_no_call_waits_for_the_device():
         )
     expected = [("mla_sparse_fp8", "mla_sparse_fp8"), ("mla_sparse", "mla_sparse"), ("mla_sparse",), ("mla_decode",),
                 ("mla_decode_fp8",)]  # fmt: skip
+
+    def read(tensor, *args, **kwargs):
+        raise AssertionError("a tensor is read")
+
+    for name in ("tolist", "cpu", "numpy", "__array__"):  # of a CPU's tensors they pass no dispatcher
+        monkeypatch.setattr(torch.Tensor, name, read)
     for call, names in zip(calls, expected):
         with kernel.capture() as launched, NoWait():
             call()
         assert tuple(made.name for made, _ in launched if made.name != "mla_combine") == names
-    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWait():
-        torch.ones(3).sum().item()
+    ones = torch.ones(3)
+    for wait in (
+        lambda: ones.sum().item(), lambda: bool(ones[0]), lambda: ones.tolist(), lambda: ones[ones > 0], ones.nonzero,
+        ones.unique, lambda: torch.equal(ones, ones), ones.cpu, ones.numpy,
+    ):  # fmt: skip
+        with pytest.raises(AssertionError), NoWait():
+            wait()
