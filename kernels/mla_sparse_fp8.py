@@ -23,6 +23,8 @@ import functools
 import ninetoothed.language as ntl
 from ninetoothed import Tensor
 
+from ntops_mla.kernels import mla_decode_fp8
+
 
 def arrangement(
     q_nope, q_pe, codes, scales, pe, indices, lengths, softmax_scale, least, flat, want_max, block_n, hardware, out,
@@ -95,20 +97,6 @@ def arrangement(
         statistic(lse),
         statistic(max_logits),
     )
-
-
-def dequantized(byte, scale, hardware, like):
-    if hardware:
-        value = ntl.cast(ntl.cast(byte, ntl.float8e4nv, bitcast=True), ntl.float32)
-        factor = scale
-    else:
-        code = ntl.cast(byte, ntl.int32)
-        size = code & 127
-        # 127 is NaN: with all 5 bits of a float16's exponent set
-        bits = ((code & 128) << 8) | ((size | ((size + 1) & 128)) << 7)
-        value = ntl.cast(ntl.cast(ntl.cast(bits, ntl.int16), ntl.float16, bitcast=True), ntl.float32)
-        factor = scale * 256.0
-    return ntl.cast(value * factor[:, None], like.dtype)
 
 
 def application(
@@ -185,10 +173,10 @@ def application(
         # By float32: not every compiler casts bfloat16 to float16
         kp = ntl.cast(ntl.cast(kp, ntl.float32), q0.dtype)
         # [block_n, 128]
-        k0 = dequantized(c0, w0, hardware, q0)
-        k1 = dequantized(c1, w1, hardware, q0)
-        k2 = dequantized(c2, w2, hardware, q0)
-        k3 = dequantized(c3, w3, hardware, q0)
+        k0 = mla_decode_fp8.dequantized(c0, w0, hardware, q0)
+        k1 = mla_decode_fp8.dequantized(c1, w1, hardware, q0)
+        k2 = mla_decode_fp8.dequantized(c2, w2, hardware, q0)
+        k3 = mla_decode_fp8.dequantized(c3, w3, hardware, q0)
         seen = slot >= 0
 
         # The next tile
