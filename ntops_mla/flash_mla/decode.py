@@ -67,38 +67,17 @@ def flash_mla_with_kvcache(
     _check.flag(op, "causal", causal)
     _arguments.columns(op, q, "head_dim_v", head_dim_v, fp8=is_fp8_kvcache)
     cache = _arguments.cache(op, "k_cache", k_cache, q, is_fp8_kvcache)
-    extra = None
+    sparse_only = {
+        "attn_sink": attn_sink,
+        "extra_k_cache": extra_k_cache,
+        "extra_indices_in_kvcache": extra_indices_in_kvcache,
+        "topk_length": topk_length,
+        "extra_topk_length": extra_topk_length,
+    }
     if indices is None:
-        _check_dense(op, q, k_cache, block_table, cache_seqlens)
-        for name, value in (
-            ("attn_sink", attn_sink),
-            ("extra_k_cache", extra_k_cache),
-            ("extra_indices_in_kvcache", extra_indices_in_kvcache),
-            ("topk_length", topk_length),
-            ("extra_topk_length", extra_topk_length),
-        ):
-            if value is not None:
-                raise ValueError(f"{op}: {name} must be None in dense attention: it goes with indices")
+        extra = _check_dense(op, q, k_cache, block_table, cache_seqlens, sparse_only)
     else:
-        if causal:
-            raise ValueError(f"{op}: causal must be False with indices, which name the keys that a row sees")
-        shape, text = q.shape[:2], "[B, s_q, topk]"
-        _arguments.indices(op, q, ("indices", indices), ("topk_length", topk_length), shape, text)
-        _arguments.sink(op, q, q.shape[2], attn_sink)
-        if extra_k_cache is not None:
-            extra = _arguments.cache(op, "extra_k_cache", extra_k_cache, q, is_fp8_kvcache)
-            given, counts = (
-                ("extra_indices_in_kvcache", extra_indices_in_kvcache),
-                ("extra_topk_length", extra_topk_length),
-            )
-            _arguments.indices(op, q, given, counts, shape, text)
-        else:
-            for name, value in (
-                ("extra_indices_in_kvcache", extra_indices_in_kvcache),
-                ("extra_topk_length", extra_topk_length),
-            ):
-                if value is not None:
-                    raise ValueError(f"{op}: {name} must be None without extra_k_cache")
+        extra = _check_sparse(op, q, indices, causal, is_fp8_kvcache, **sparse_only)
     scale = _arguments.scale(op, softmax_scale, q)
     config = FlashMLASchedMeta.Config(
         *q.shape[:3],
@@ -154,7 +133,7 @@ def _halves(x, latent):
     return x[..., :latent], x[..., latent:]
 
 
-def _check_dense(op, q, k_cache, block_table, cache_seqlens):
+def _check_dense(op, q, k_cache, block_table, cache_seqlens, sparse_only):
     _check.page_size(op, "k_cache", k_cache.shape[1])
     for name, value, shape, dims in (
         ("block_table", block_table, "[B, max_pages]", 2),
@@ -166,3 +145,25 @@ def _check_dense(op, q, k_cache, block_table, cache_seqlens):
         _check.dtype(op, name, value, (torch.int32,))
         _check.size(op, name, value, 0, q.shape[0], shape)
         _check.same_device(op, "q", q, (name, value))
+    for name, value in sparse_only.items():
+        if value is not None:
+            raise ValueError(f"{op}: {name} must be None in dense attention: it goes with indices")
+
+
+def _check_sparse(
+    op, q, indices, causal, fp8, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length
+):
+    """The extra cache, as `_arguments.cache` gives it, or None."""
+    if causal:
+        raise ValueError(f"{op}: causal must be False with indices, which name the keys that a row sees")
+    shape, text = q.shape[:2], "[B, s_q, topk]"
+    _arguments.indices(op, q, ("indices", indices), ("topk_length", topk_length), shape, text)
+    _arguments.sink(op, q, q.shape[2], attn_sink)
+    given = ("extra_indices_in_kvcache", extra_indices_in_kvcache), ("extra_topk_length", extra_topk_length)
+    if extra_k_cache is not None:
+        _arguments.indices(op, q, *given, shape, text)
+        return _arguments.cache(op, "extra_k_cache", extra_k_cache, q, fp8)
+    for name, value in given:
+        if value is not None:
+            raise ValueError(f"{op}: {name} must be None without extra_k_cache")
+    return None
