@@ -126,6 +126,7 @@ _DECODE = (
     _single_decode(4, 256),
     _single_decode(8, 512),
 )
+_WIDE = ("sm_80", "sm_87", "sm_89", "sm_90", "sm_100", "sm_120")
 _DECODE_FP8 = (
     # Async wgmma; Triton 3.9 spills, and so does 3.6 in float16
     *_fp8(64, 32, 8, 2, 33, "sm_90", dtypes=("bfloat16",), triton=("3.6", "3.7")),
@@ -135,17 +136,24 @@ _DECODE_FP8 = (
     *_fp8(16, 16, 4, 2, 1, *_SMALL),
     # Two programs fit on a processor
     *_fp8(16, 32, 4, 2, 1),
+    # Where 8 warps spill
+    *_fp8(16, 16, 4, 1, 1, "sm_86", dtypes=("float32",), triton=("3.9", None)),
+    *_fp8(16, 16, 4, 1, 1, "sm_90", dtypes=("float32",), triton=("3.6", "3.7")),
     *_fp8(16, 16, 8, 1, 1, dtypes=("float32",)),
     # Addresses for each key: 64 keys spill, and so do 32 with 4 warps
     *_fp8(32, 32, 8, 2, 17, kernel="mla_sparse_fp8"),
     *_fp8(16, 16, 4, 2, 1, kernel="mla_sparse_fp8"),
-    *_fp8(16, 16, 4, 1, 1, kernel="mla_sparse_fp8", dtypes=("float32",)),
+    *_fp8(16, 16, 4, 1, 1, *_WIDE, kernel="mla_sparse_fp8", dtypes=("float32",)),
+    # Triton 3.9 spills there, with 4 warps and with 8
+    *_fp8(16, 16, 4, 1, 1, "sm_86", kernel="mla_sparse_fp8", dtypes=("float32",), triton=("3.6", "3.7")),
 )
 _SPARSE = (
-    # Async wgmma. Triton 3.9 spills in every tile of 64 rows, 3.6 with 64 keys.
-    _sparse(64, 32, 512, 8, 2, 33, "sm_90", triton=("3.6", "3.7"), latent=(512, 512)),
+    # Async wgmma. Triton 3.9 spills in every tile of 64 rows, 3.6 with 64 keys, and with one accumulator.
+    _sparse(64, 32, 256, 8, 2, 33, "sm_90", triton=("3.6", "3.7"), latent=(512, 512)),
     _sparse(64, 32, 256, 8, 2, 33, "sm_80", "sm_87", triton=("3.9", None), latent=(512, 512)),
-    _sparse(32, 64, 256, 8, 3, 17, "sm_90", triton=("3.9", None), latent=(256, 256)),
+    # For few rows too: tiles of 16 spill there
+    _sparse(32, 64, 256, 8, 3, 1, "sm_90", triton=("3.9", None), latent=(256, 256)),
+    _sparse(32, 32, 256, 8, 2, 17, "sm_120", triton=("3.9", None), latent=(256, 256)),
     _sparse(32, 32, 256, 4, 2, 17, latent=(256, 256)),
     # A thread holds the addresses of its share of the keys: with one accumulator of 512 columns they spill where pages
     # lie apart from each other. Three stages keep two tiles of keys in flight.
