@@ -59,7 +59,8 @@ def table(found: Sequence[dict], boards: Sequence[dict], runs: Sequence[dict]) -
     lines += [
         "",
         f"*numerics*: against float64 in Triton's interpreter, the same for all platforms (Triton {interpreters}). "
-        "*compiled*: for all of the platform's architectures that this Triton knows, no spills, within the limits. "
+        "*compiled*: for the platform's architectures that this Triton knows and that have a tile, no spills, within "
+        "the limits. "
         "*stand-in*: compiled for the nearest public target (gfx90a, gfx942; sm_80 for the S5000), because this one's "
         "compiler is not public. *PyTorch*: the platform's gate says so. *after `doctor`*: PyTorch runs until "
         "`python -m ntops_mla doctor` has seen the kernel work there, because it may end the process in the compiler. "
