@@ -20,6 +20,7 @@ from ntops_mla.testing import DECODE_LSE, SPARSE_OUT, SPARSE_PREFILL_LSE, SPARSE
 from tests.flash_mla_cases import HEADS, LSE_COS, WIDTH
 
 INFINITY = float("inf")
+_DRAWN = 1 << 16  # tokens drawn at a time
 
 
 class Scope(NamedTuple):
@@ -92,7 +93,7 @@ CASES = _REGULAR + _CORNERS + _HEADS + _EXTRA
 class SparseInputs(NamedTuple):
     """q, k_cache as the call takes it, indices, attn_sink, and the arguments of the extra cache; None: not given.
 
-    keys, extra_keys: float64 `[pages * page_size, 576]` of what the caches hold, on the CPU.
+    keys, extra_keys: `[pages * page_size, 576]`, what the caches hold, on the CPU, in a dtype that holds it exactly.
     """
 
     q: torch.Tensor
@@ -144,7 +145,7 @@ def make_inputs(case: SparseCase, fp8: bool, device="cpu", dtype: torch.dtype = 
 
 
 def _cache(case, scope, fp8, dtype, generator, draw):
-    """The cache as it is passed, float64 keys `[slots, 576]`, indices int32 `[B, s_q, topk]`."""
+    """The cache as it is passed, what it holds `[slots, 576]`, indices int32 `[B, s_q, topk]`."""
     lengths = [scope.s_k] * case.batch
     if case.varlen:
         lengths = [int(max(draw.normalvariate(scope.s_k, scope.s_k / 2), case.s_q)) for _ in lengths]
@@ -153,17 +154,26 @@ def _cache(case, scope, fp8, dtype, generator, draw):
     size = scope.page_size
     columns = max(-(-max(lengths) // (4 * size)), 1) * 4
     table = torch.randperm(case.batch * columns, generator=generator).view(case.batch, columns)
-    rows = torch.randn(table.numel(), size, WIDTH, generator=generator).div_(10).clamp_(-1, 1)
+    pages = table.numel()
     # Pages lie a token further apart, as in FlashMLA's tests; between them is NaN.
     if fp8:
-        cache = torch.full((len(rows), size + 1, TOKEN_BYTES), 0xFF, dtype=torch.uint8)[:, :size]
-        quantize_into(cache, rows[..., :LATENT], rows[..., LATENT:])
-        keys = dequantize(cache, torch.float64)
-        cache = cache.view(torch.float8_e4m3fn)
+        cache = torch.full((pages, size + 1, TOKEN_BYTES), 0xFF, dtype=torch.uint8)[:, :size]
+        keys = torch.empty(pages, size, WIDTH, dtype=torch.bfloat16)  # exact: the scales are powers of two
     else:
-        cache = torch.full((len(rows), size + 1, WIDTH), float("nan"), dtype=dtype)[:, :size]
-        cache.copy_(rows)
-        keys = cache.double()
+        cache = torch.full((pages, size + 1, WIDTH), float("nan"), dtype=dtype)[:, :size]
+        keys = torch.empty(pages, size, WIDTH, dtype=dtype)
+    together = max(1, _DRAWN // size)
+    for first in range(0, pages, together):  # float32 of the whole cache would be gigabytes
+        some = slice(first, first + together)
+        rows = torch.randn(keys[some].shape, generator=generator).div_(10).clamp_(-1, 1)
+        if fp8:
+            quantize_into(cache[some], rows[..., :LATENT], rows[..., LATENT:])
+            keys[some] = dequantize(cache[some])
+        else:
+            cache[some] = rows
+            keys[some] = cache[some]
+    if fp8:
+        cache = cache.view(torch.float8_e4m3fn)
     indices = torch.full((case.batch, case.s_q, scope.topk), -1, dtype=torch.int32)
     if not case.invalid:
         for request, length in enumerate(lengths):
@@ -241,7 +251,7 @@ def reference(case: SparseCase, inputs: SparseInputs) -> Expected:
         keys = []
         for all_keys, indices, counts in scopes:
             chosen = indices[request, token, : None if counts is None else int(counts[request])].long()
-            keys.append(all_keys[chosen[(chosen >= 0) & (chosen < len(all_keys))]])
+            keys.append(all_keys[chosen[(chosen >= 0) & (chosen < len(all_keys))]].double())
         found.append(attend(q[request, token], torch.cat(keys), inputs.softmax_scale, inputs.attn_sink))
     out, lse, most = (torch.stack(x).unflatten(0, (case.batch, case.s_q)) for x in zip(*found))
     return Expected(out, lse.transpose(1, 2), most.transpose(1, 2))
