@@ -69,7 +69,7 @@ def measure(rounds: int) -> dict[str, float]:
         mla_decode.launch(made, inputs, False, splits, out, lse, part, part_lse)
 
     def generated() -> None:
-        made.decode._launch(*inputs, False, made.block_n, part, part_lse)
+        made.attend._launch(*inputs, False, made.block_n, part, part_lse)
         made.combine._launch(part, part_lse, args[5], 1, made.block_n, out, lse.transpose(1, 2))
 
     times: dict[str, list[float]] = {"cached": [], "generated": []}

@@ -63,10 +63,8 @@ _REST: dict[str, tuple[dict[str, int], ...]] = {
     "mla_sparse": ({"heads": 16, "kv_lora_rank": 256, "rope": 32},),
 }
 
-# Where in a kernel's arguments its result, `flat` and `causal` are.
-_OUT = {"mla_decode": 10, "mla_sparse": 11, "mla_decode_fp8": 12, "mla_sparse_fp8": 13}
-_FLAT = {"mla_sparse": 8, "mla_sparse_fp8": 9}
-_CAUSAL = {"mla_decode": 8, "mla_prefill": 8, "mla_decode_fp8": 9}
+# Kernels that write a split's part or the result.
+_SPLIT = ("mla_decode", "mla_sparse", "mla_decode_fp8", "mla_sparse_fp8")
 
 
 @dataclass(frozen=True)
@@ -111,14 +109,12 @@ def compile_case(case: Case) -> list[tuple[dict[str, Any], Compiled | None, str]
         return []
     with kernels.capture() as launches:
         op.spec.kernel(board, *args)
-        if case.op in ("mla_decode", "mla_decode_fp8"):  # the example is short: one split, written by itself
+        # The examples are short: one split, written by the kernel itself.
+        if case.op in ("mla_decode", "mla_decode_fp8"):
             op.spec.kernel(board, *args[:-1], 4)
         if case.op == "mla_prefill":
             op.spec.kernel(board, *args[:-1], False)
-        if case.op in (
-            "mla_sparse",
-            "mla_sparse_fp8",
-        ):  # likewise; with the largest scores; and with pages apart from each other
+        if case.op in ("mla_sparse", "mla_sparse_fp8"):  # with the largest scores, and with pages apart, too
             op.spec.kernel(board, *args[:-2], 4, True)
             apart = op.example(torch.device("meta"), case.dtype, tokens=4, **case.sizes, gap=1)
             op.spec.kernel(board, *apart[:-2], 1, True)
@@ -127,6 +123,7 @@ def compile_case(case: Case) -> list[tuple[dict[str, Any], Compiled | None, str]
 
 
 def _compile(case: Case, triton_version: str, kernel: kernels.Kernel, args: tuple) -> tuple:
+    given = dict(zip(kernel.arguments, args, strict=True))
     row = {
         "op": case.op,
         "kernel": kernel.name,
@@ -138,9 +135,9 @@ def _compile(case: Case, triton_version: str, kernel: kernels.Kernel, args: tupl
         "dtype": dtype_name(case.dtype),
         "sizes": case.sizes,
         # a split's part is float32, a result has the inputs' dtype
-        "causal": args[_CAUSAL[kernel.name]] if kernel.name in _CAUSAL else None,
-        "split": args[_OUT[kernel.name]].dtype == torch.float32 if kernel.name in _OUT else None,
-        "flat": args[_FLAT[kernel.name]] if kernel.name in _FLAT else None,
+        "causal": given.get("causal"),
+        "split": given["out"].dtype == torch.float32 if kernel.name in _SPLIT else None,
+        "flat": given.get("flat"),
         "tile": {**kernel.parameters, "num_warps": kernel.num_warps, "num_stages": kernel.num_stages},
     }
     try:

@@ -210,10 +210,10 @@ def least_products(kernel: Kernel, target: Target, dtype: torch.dtype, asynchron
     A kernel that compiles to a bare trap has no spills: this is what tells. Exact float32 products use none.
     """
     blocks = kernel.parameters
-    if kernel.name in ("mla_decode", "mla_sparse"):
-        elements = blocks["block_h"] * blocks["block_n"] * (2 * blocks["latent"] + blocks["rope"])
-    elif kernel.name in ("mla_decode_fp8", "mla_sparse_fp8"):
-        elements = blocks["block_h"] * blocks["block_n"] * (2 * 512 + 64)
+    if kernel.name in ("mla_decode", "mla_sparse", "mla_decode_fp8", "mla_sparse_fp8"):
+        # An fp8 cache has one size of head
+        columns = 2 * blocks.get("latent", 512) + blocks.get("rope", 64)
+        elements = blocks["block_h"] * blocks["block_n"] * columns
     elif kernel.name == "mla_prefill":
         elements = blocks["block_m"] * blocks["block_n"] * (blocks["qk_width"] + blocks["v_width"])
     else:

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from ntops_mla import findings as found
 from ntops_mla import interpreter
 from ntops_mla import platform as platforms
 from ntops_mla.board import Board, Needed
+from ntops_mla.devices import capturing
 from ntops_mla.findings import Findings
 from ntops_mla.platform import Gate, Platform, dtype_name
 
@@ -66,6 +68,7 @@ class OpSpec:
     None or the reason why the kernel cannot take them. `tiles(board, dtypes, sizes)` -> the kernels that a call needs.
     `kernel(board, *args)` launches, None where there is no kernel.
     `through_float32(kernel, board, args)` runs it behind a `float32` gate where casting every argument will not do.
+    `look(*args)` raises for bad values in the arguments, for which it waits for the device.
     """
 
     name: str
@@ -75,6 +78,7 @@ class OpSpec:
     kernel: Callable[..., Any] | None = None
     through_float32: Callable[..., Any] | None = None
     tiles: Callable[..., list[Needed]] | None = None
+    look: Callable[..., None] | None = None
 
 
 @dataclass(frozen=True)
@@ -346,7 +350,15 @@ def _decide(op: OpSpec, device: torch.device, dtypes: tuple, sizes: tuple) -> _D
         failure_key = _failure_key(op, detection, dtypes, sizes)
         if mode != "reference" and failure_key in _failures:  # met under strict mode, which raised instead of warning
             _warn_once(failure_key, _failures[failure_key])
+    if now.check and op.look is not None:
+        run = partial(_look_first, op.look, run)
     return _remember((op, device, dtypes, sizes, now, platforms.generation), _Decision(choice, run))
+
+
+def _look_first(look: Callable[..., None], run: Callable[..., Any], *args: Any) -> Any:
+    if not capturing(args[0].device):
+        look(*args)
+    return run(*args)
 
 
 def _remember(key: tuple, decision: _Decision) -> _Decision:

@@ -76,6 +76,7 @@ class Kernel:
         )
         self.name, self.num_warps, self.num_stages = name, num_warps, num_stages
         self.options, self.parameters, self.environment = dict(options), dict(parameters), environment
+        self.arguments = tuple(t.name for t in tensors)  # their names, in order
         # Tensors without any fixed size are lists of lengths and the like; numbers count too.
         loose = tuple(t.name for t in tensors if not any(isinstance(size, int) for size in t.shape))
         self.source = tidy(pathlib.Path(handle._source).read_text(encoding="utf-8"), name, loose)

@@ -30,19 +30,16 @@ WARMUPS, ROUNDS = 5, 40  # of each candidate
 
 # What a kernel's numbers may be; a candidate keeps near to the platform's tile: a block within a factor of 4, warps
 # within a factor of 2, one stage more or less, and no more than two of them other than the platform's.
+_ABSORBED = ("mla_decode", "mla_sparse", "mla_decode_fp8", "mla_sparse_fp8")
 _BLOCKS = {
-    "mla_decode": {"block_h": (16, 32, 64), "block_n": (16, 32, 64)},
-    "mla_sparse": {"block_h": (16, 32, 64), "block_n": (16, 32, 64)},
-    "mla_decode_fp8": {"block_h": (16, 32, 64), "block_n": (16, 32, 64)},
-    "mla_sparse_fp8": {"block_h": (16, 32, 64), "block_n": (16, 32, 64)},
+    **{kernel: {"block_h": (16, 32, 64), "block_n": (16, 32, 64)} for kernel in _ABSORBED},
     "mla_prefill": {"block_m": (16, 32, 64, 128), "block_n": (16, 32, 64)},
     "rope": {"block_h": (8, 16, 32)},
     "latent_append_rope": {"block_h": (8, 16, 32)},
 }
-_ATTENTION = ("mla_decode", "mla_decode_fp8", "mla_prefill", "mla_sparse", "mla_sparse_fp8")
-_WARPS = dict.fromkeys(_ATTENTION, (4, 8))
+_WARPS = dict.fromkeys((*_ABSORBED, "mla_prefill"), (4, 8))
 _OTHER_WARPS = (1, 2, 4, 8, 16)
-_STAGES = dict.fromkeys(_ATTENTION, (1, 2, 3))
+_STAGES = dict.fromkeys((*_ABSORBED, "mla_prefill"), (1, 2, 3))
 _CHANGED = 2
 # float32 values of its accumulators that a thread can hold at most: NVIDIA's limit, and nobody's is known to be lower
 _REGISTERS = 255
@@ -65,14 +62,14 @@ def _cases(dtype: torch.dtype) -> Iterator[Case]:
         point = {"latent": sizes["kv_lora_rank"]}
         yield Case("latent_append", "latent_append", dtype, sizes, point)
         yield Case("latent_append_rope", "latent_append", dtype, {**sizes, "q_heads": 128}, point)
-        for heads, rows in ((16, (1, 16)), (32, (17, 32)), (128, (33, None))):
+        for heads, rows in _ROWS:
             point = {"rows": heads, "latent": sizes["kv_lora_rank"], "page_size": 64, "causal": 0}
             yield Case("mla_decode", "mla_decode", dtype, {**sizes, "heads": heads}, point, {"rows": rows})
             point = {"rows": heads, "latent": sizes["kv_lora_rank"]}
             yield Case("mla_sparse", "mla_sparse", dtype, {**sizes, "heads": heads}, point, {"rows": rows})
         point = {"latent": sizes["kv_lora_rank"]}
         yield Case("mla_combine", "mla_decode", dtype, {**sizes, "heads": 128}, point)
-    for heads, rows in ((16, (1, 16)), (32, (17, 32)), (128, (33, None))):
+    for heads, rows in _ROWS:
         call = {**_LATENTS[0], "heads": heads}
         point = {"rows": heads, "page_size": 64, "causal": 0}
         yield Case("mla_decode_fp8", "mla_decode_fp8", dtype, call, point, {"rows": rows})
@@ -84,6 +81,8 @@ def _cases(dtype: torch.dtype) -> Iterator[Case]:
         yield Case("mla_prefill", "mla_prefill", dtype, {**sizes, "heads": 32}, {"width": width})
 
 
+# Heads of a call, and the rows that its tile is for
+_ROWS = ((16, (1, 16)), (32, (17, 32)), (128, (33, None)))
 _LATENTS = ({"kv_lora_rank": 512, "rope": 64}, {"kv_lora_rank": 256, "rope": 32})
 
 
@@ -162,7 +161,7 @@ def _around(centre: Tile) -> Iterator[Tile]:
 def _pointless(board: Board, case: Case, tile: Tile, shared_memory: int | None) -> str | None:
     """Why a tile cannot be good, by arithmetic alone; None where it may be."""
     blocks, size = tile.blocks, case.dtype.itemsize
-    if case.kernel in ("mla_decode", "mla_decode_fp8", "mla_sparse", "mla_sparse_fp8"):
+    if case.kernel in _ABSORBED:
         least = board.limits and board.limits.least_product and board.limits.least_product.value
         if blocks["block_h"] > max(16, least or 0, case.point["rows"]):
             return f"{blocks['block_h']} rows, of which the call has {case.point['rows']}"

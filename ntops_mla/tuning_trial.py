@@ -81,18 +81,17 @@ def arguments(
 ) -> tuple[Any, ...]:
     """A call of the case's op. ragged: requests of different lengths. splits: of the keys, None: chosen."""
     op = ops.get(case.op)
+    lengths = [max(1, load.keys >> i) if ragged else load.keys for i in range(load.batch)]
     if case.op == "mla_decode_fp8":
         args = list(op.example(device, case.dtype, tokens=load.batch, keys=load.keys, **case.call))
-        lengths = [max(1, load.keys >> i) if ragged else load.keys for i in range(load.batch)]
         args[4] = torch.tensor(lengths, dtype=torch.int32, device=device)
         return *args[:-1], splits
-    if case.op == "mla_sparse_fp8":
+    if case.op in ("mla_sparse", "mla_sparse_fp8"):
         sizes = {"tokens": load.batch, "topk": load.keys, "pages": -(-load.keys * load.batch // 64), **case.call}
-        return *op.example(device, case.dtype, **sizes, ragged=ragged)[:-2], splits, True
-    if case.op == "mla_sparse":
-        sizes = {"tokens": load.batch, "topk": load.keys, "pages": -(-load.keys * load.batch // 64), **case.call}
-        args = op.example(device, case.dtype, **sizes, ragged=ragged)
-        return *(a * 0.1 if _is_input(a) else a for a in args[:-2]), splits, True
+        *args, _, _ = op.example(device, case.dtype, **sizes, ragged=ragged)
+        if case.op == "mla_sparse":  # an fp8 cache's example is small already
+            args = [a * 0.1 if _is_input(a) else a for a in args]
+        return *args, splits, True
     if case.op != "mla_decode":
         args = op.example(device, case.dtype, tokens=load.tokens, **case.call)
         # FlashMLA's tolerances are for values around 0.1.
@@ -103,7 +102,6 @@ def arguments(
     cache = (
         torch.randn(load.batch * pages, page_size, latent + case.call["rope"], device=device, dtype=case.dtype) * 0.1
     )
-    lengths = [max(1, load.keys >> i) if ragged else load.keys for i in range(load.batch)]
     return (
         q_nope * 0.1,
         q_pe * 0.1,

@@ -88,7 +88,7 @@ def make_inputs(case: Case, device: str | torch.device = "cpu", dtype: torch.dty
     """
     seed = zlib.crc32(case.name.encode())
     generator = torch.Generator().manual_seed(seed)
-    lengths = _lengths(case, random.Random(seed))
+    lengths = draw_lengths(case, case.s_k, random.Random(seed))
     pages = [-(-length // case.page_size) for length in lengths]
     # FlashMLA rounds the longest request up to 256 tokens; 0 where all are empty.
     columns = -(-max(lengths) // 256) * 256 // case.page_size
@@ -286,10 +286,11 @@ def _check_lse(case, lse, expected, tolerance, rows):
     assert_close(lse.cpu()[rows], expected.lse[rows], tolerance._replace(cos=LSE_COS), f"{case.name}: lse")
 
 
-def _lengths(case, draw):
-    lengths = [case.s_k] * case.batch
+def draw_lengths(case, s_k, draw):
+    """The requests' lengths, s_k on average, at least s_q."""
+    lengths = [s_k] * case.batch
     if case.varlen:
-        lengths = [int(max(draw.normalvariate(case.s_k, case.s_k / 2), case.s_q)) for _ in lengths]
+        lengths = [int(max(draw.normalvariate(s_k, s_k / 2), case.s_q)) for _ in lengths]
     return [0 if draw.random() < 0.5 else length for length in lengths] if case.empty else lengths
 
 
@@ -299,8 +300,11 @@ def _small(shape, generator):
 
 def _on(value, device, gaps, filler):
     """`value` on the device; with gaps, a view into a larger tensor, whose rest is `filler`."""
-    if not gaps:
-        return value.to(device)
+    return with_gaps(value, filler, device) if gaps else value.to(device)
+
+
+def with_gaps(value, filler, device="cpu"):
+    """The same values in a view whose neighbours, but for the last dimension's, lie further apart, `filler` between."""
     base = torch.full([*(size + 1 for size in value.shape[:-1]), value.shape[-1] + 128], filler, dtype=value.dtype)
     window = tuple(slice(size) for size in value.shape)
     base[window] = value

@@ -17,7 +17,7 @@ import torch
 
 from ntops_mla.ops._fp8 import LATENT, TOKEN_BYTES, dequantize, quantize_into
 from ntops_mla.testing import DECODE_LSE, SPARSE_OUT, SPARSE_PREFILL_LSE, SPARSE_PREFILL_OUT, assert_close
-from tests.flash_mla_cases import HEADS, LSE_COS, WIDTH
+from tests.flash_mla_cases import GARBAGE_PAGE, HEADS, LSE_COS, WIDTH, draw_lengths, with_gaps
 
 INFINITY = float("inf")
 _DRAWN = 1 << 16  # tokens drawn at a time
@@ -146,11 +146,7 @@ def make_inputs(case: SparseCase, fp8: bool, device="cpu", dtype: torch.dtype = 
 
 def _cache(case, scope, fp8, dtype, generator, draw):
     """The cache as it is passed, what it holds `[slots, 576]`, indices int32 `[B, s_q, topk]`."""
-    lengths = [scope.s_k] * case.batch
-    if case.varlen:
-        lengths = [int(max(draw.normalvariate(scope.s_k, scope.s_k / 2), case.s_q)) for _ in lengths]
-    if case.empty:
-        lengths = [0 if draw.random() < 0.5 else length for length in lengths]
+    lengths = draw_lengths(case, scope.s_k, draw)
     size = scope.page_size
     columns = max(-(-max(lengths) // (4 * size)), 1) * 4
     table = torch.randperm(case.batch * columns, generator=generator).view(case.batch, columns)
@@ -210,12 +206,7 @@ def _sink(heads, generator):
 
 
 def _gaps(value):
-    """The same values in a view whose rows, tokens and requests lie further apart."""
-    shape = [size + 1 for size in value.shape[:-1]] + [value.shape[-1] + 128]
-    filler = float("nan") if value.is_floating_point() else 2147480000
-    base = torch.full(shape, filler, dtype=value.dtype)
-    view = base[tuple(slice(size) for size in value.shape)]
-    return view.copy_(value)
+    return with_gaps(value, float("nan") if value.is_floating_point() else GARBAGE_PAGE)
 
 
 class Expected(NamedTuple):

@@ -17,7 +17,7 @@ from ntops_mla.testing import DECODE_LSE, DECODE_OUT, PREFILL_LSE, PREFILL_OUT, 
 
 ROOT = Path(__file__).resolve().parent.parent
 # The functions of ops hide their modules' names.
-DECODE = importlib.import_module("ntops_mla.ops.mla_decode")
+DECODE = importlib.import_module("ntops_mla.ops._paged")
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (*HALF, torch.float32, torch.float64)
@@ -1249,7 +1249,7 @@ MEMORY = {
     "decode of several tokens by rows": """
         import importlib
         from ntops_mla.ops import _attention
-        decode = importlib.import_module("ntops_mla.ops.mla_decode")
+        decode = importlib.import_module("ntops_mla.ops._paged")
         decode.attend = lambda q, k, v, scale, mask: _attention._attend_by_rows(q, k, v, scale, mask, False)
         cache = torch.randn(keys // 64, 64, 576).bfloat16()
         q = torch.randn(1, 16, 2, 576).bfloat16()

@@ -32,10 +32,13 @@ def count(op: str, name: str, value: object, least: int) -> None:
         raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
 
 
-def scale(op: str, value: float | None, q: torch.Tensor, name: str = "softmax_scale") -> float:
-    """The scale of the scores, None: 1 / sqrt of q's columns."""
-    if value is None:
-        return max(q.shape[-1], 1) ** -0.5
+def scale(op: str, softmax_scale: float | None, q: torch.Tensor) -> float:
+    """softmax_scale, None: 1 / sqrt of q's columns."""
+    return max(q.shape[-1], 1) ** -0.5 if softmax_scale is None else number(op, "softmax_scale", softmax_scale)
+
+
+def number(op: str, name: str, value: object) -> float:
+    """`value` is a number."""
     # What is a number and no Python one, numpy's say, becomes one
     value = float(value) if isinstance(value, numbers.Real) and not isinstance(value, (bool, int, float)) else value
     _check.number(op, name, value)
@@ -68,8 +71,7 @@ def cache(op: str, name: str, value: object, q: torch.Tensor, fp8: bool) -> torc
             f"{op}: {name} must be {shape}, one latent that all heads share (h_kv 1), got h_kv {value.shape[2]} in "
             f"shape {list(value.shape)}"
         )
-    if value.shape[1] < 1:
-        raise ValueError(f"{op}: {name} must have a page size of at least 1, got shape {list(value.shape)}")
+    _check.any_page_size(op, name, value)
     if not fp8:
         _check.size(op, name, value, 3, width, shape)
         _check.same(op, "q", q, (name, value))

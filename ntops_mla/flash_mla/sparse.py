@@ -45,9 +45,7 @@ def flash_mla_sparse_fwd(
     _check.same(op, "q", q, ("kv", kv))
     lengths = "topk_length", topk_length
     _arguments.indices(op, q, ("indices", indices), lengths, (q.shape[0], 1), "[s_q, 1, topk]")
-    if sm_scale is None:
-        raise TypeError(f"{op}: sm_scale must be a number, got None")
-    sm_scale = _arguments.scale(op, sm_scale, q, "sm_scale")
+    sm_scale = _arguments.number(op, "sm_scale", sm_scale)
     _arguments.sink(op, q, q.shape[1], attn_sink)
     with torch.no_grad():
         # Each key a page of its own: its address is an int64 product.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -124,3 +126,14 @@ def joined(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
     ):
         return a.as_strided((*a.shape[:-1], width + b.shape[-1]), a.stride(), a.storage_offset())
     return None
+
+
+def side_by_side(
+    a: torch.Tensor, b: torch.Tensor, read: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function of an index: what `read(tensor, index)` gives of `a` and of `b`, `[..., Da + Db]`, read once where
+    they are joined."""
+    both = joined(a, b)
+    if both is not None:
+        return lambda index: read(both, index)
+    return lambda index: torch.cat([read(a, index), read(b, index)], -1)

@@ -74,6 +74,12 @@ def cu_seqlens(op: str, q: torch.Tensor, queries: tuple[str, object], keys: tupl
     same_device(op, "q", q, queries, keys)
 
 
+def any_page_size(op: str, name: str, cache: torch.Tensor) -> None:
+    """`cache` `[pages, page_size, ...]` has slots in a page."""
+    if cache.shape[1] < 1:
+        raise ValueError(f"{op}: {name} must have a page size of at least 1, got shape {list(cache.shape)}")
+
+
 def page_size(op: str, name: str, value: int) -> None:
     """`value` slots in a page: a power of two."""
     if value <= 0 or value & (value - 1):

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from ntops_mla import dispatch
-from ntops_mla.devices import capturing
 from ntops_mla.dispatch import Choice
 from ntops_mla.platform import Platform
 
@@ -24,9 +23,8 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 class Op:
     """One registered op: what `python -m ntops_mla ops | explain` and the tests ask.
 
-    check(*args) raises for bad arguments; look(*args), under NTOPS_MLA_CHECK=1 alone, for bad values in them, which
-    waits for the device; key, supports, kernel, tiles: see `dispatch.OpSpec`; example(device, dtype, **sizes) makes
-    valid arguments.
+    check(*args) raises for bad arguments; key, supports, kernel, tiles, look: see `dispatch.OpSpec`; example(device,
+    dtype, **sizes) makes valid arguments.
     """
 
     def __init__(
@@ -53,7 +51,7 @@ class Op:
         self.example = example
         self._check = check
         self._signature = inspect.signature(function)
-        self.spec = dispatch.OpSpec(self.name, key, reference, supports, kernel, through_float32, tiles)
+        self.spec = dispatch.OpSpec(self.name, key, reference, supports, kernel, through_float32, tiles, look)
 
         defaults = tuple(p.default for p in self._signature.parameters.values())
 
@@ -61,8 +59,6 @@ class Op:
         def run(*args):
             args += defaults[len(args) :]
             check(*args)
-            if look is not None and dispatch.settings().check and not capturing(args[0].device):
-                look(*args)
             return dispatch.call(self.spec, args[0].device, args)
 
         def run_fake(*args):

@@ -6,25 +6,23 @@ import functools
 
 import torch
 
-from ntops_mla.board import Board, Needed
+from ntops_mla.board import Board
 from ntops_mla.kernel import within_int32
 from ntops_mla.ops import _check, _inspect
 from ntops_mla.ops._fp8 import GROUPS, LATENT, ROPE, TOKEN_BYTES, dequantize, quantize_into
 from ntops_mla.ops._op import register
+from ntops_mla.ops._paged import Paged, attend_paged
+from ntops_mla.ops._split import Made, launch, make, needed, parts, plan
 from ntops_mla.ops.mla_decode import (
-    Made,
-    Paged,
-    attend_paged,
     check_numbers,
     check_queries,
     check_requests,
-    launch_split,
-    parts,
-    plan,
+    example_requests,
+    results,
+    unsupported_pages,
 )
 from ntops_mla.platform import Platform, Tile
 
-_PAGE_SIZES = (16, 32, 64, 128)
 _SHAPE = f"[pages, page_size, {TOKEN_BYTES}]"
 
 
@@ -74,8 +72,7 @@ def check_fp8(op: str, q_nope: object, q_pe: object, cache: object) -> None:
 def check_bytes(op: str, name: str, cache: torch.Tensor) -> None:
     """`cache` `[pages, page_size, 656]` can be read as codes, scales and rope columns."""
     _check.size(op, name, cache, 2, TOKEN_BYTES, _SHAPE)
-    if cache.shape[1] < 1:
-        raise ValueError(f"{op}: {name} must have a page size of at least 1, got shape {list(cache.shape)}")
+    _check.any_page_size(op, name, cache)
     # Of a dimension of one element the stride says nothing.
     pages, page_size, _ = cache.shape
     page, token, byte = cache.stride()
@@ -115,9 +112,7 @@ def _reference(q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal
 
 
 def _fake(q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal, num_splits):
-    batch, s_q, heads, _ = q_nope.shape
-    out = torch.empty(q_nope.shape, dtype=q_nope.dtype, device=q_nope.device)
-    return out, torch.empty(batch, heads, s_q, dtype=torch.float32, device=q_nope.device)
+    return results(q_nope)
 
 
 def _key(q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal, num_splits):
@@ -126,19 +121,13 @@ def _key(q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal, num_
 
 
 def _supports(platform: Platform, dtypes: tuple, sizes: tuple) -> str | None:
-    if sizes[2] not in _PAGE_SIZES:
-        return f"pages of {sizes[2]} slots; the kernel takes {', '.join(map(str, _PAGE_SIZES))}"
-    return None
+    return unsupported_pages(sizes[2])
 
 
 def _tiles(board: Board, dtypes: tuple, sizes: tuple) -> list:
     heads, s_q, page_size, causal = sizes
     tile = _tile(board, dtypes[0], page_size, heads * s_q, causal and s_q > 1)
-    products = (tile.blocks["block_h"], min(tile.blocks["block_n"], page_size)) if tile else ()
-    return [
-        Needed("mla_decode_fp8", tile, products),
-        Needed("mla_combine", board.tile("mla_combine", dtypes[0], latent=LATENT)),
-    ]
+    return needed(board, "mla_decode_fp8", tile, dtypes[0], LATENT, page_size)
 
 
 def _tile(board: Board, dtype: torch.dtype, page_size: int, rows: int, causal: bool) -> Tile | None:
@@ -149,9 +138,7 @@ def _tile(board: Board, dtype: torch.dtype, page_size: int, rows: int, causal: b
 def _made(board: Board, dtype: torch.dtype, page_size: int, rows: int, causal: bool) -> Made:
     tile = _tile(board, dtype, page_size, rows, causal)
     block_n = min(tile.blocks["block_n"], page_size)  # a tile of keys lies in one page
-    decode = board.make("mla_decode_fp8", tile, block_n=block_n, page_size=page_size)
-    combine = board.make("mla_combine", board.tile("mla_combine", dtype, latent=LATENT), latent=LATENT)
-    return Made(decode, combine, tile.blocks["block_h"], block_n)
+    return make(board, "mla_decode_fp8", tile, dtype, LATENT, block_n=block_n, page_size=page_size)
 
 
 def split_views(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -169,8 +156,7 @@ def split_views(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
 def _kernel(board: Board, q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal, num_splits):
     batch, s_q, heads, _ = q_nope.shape
     page_size, rows = cache.shape[1], s_q * heads
-    out = torch.empty(q_nope.shape, dtype=q_nope.dtype, device=q_nope.device)
-    lse = torch.empty(batch, heads, s_q, dtype=torch.float32, device=q_nope.device)
+    out, lse = results(q_nope)
     if not out.numel():
         return out, lse
     q_nope, q_pe = (within_int32(q, 1, 2) for q in (q_nope, q_pe))
@@ -184,10 +170,10 @@ def _kernel(board: Board, q_nope, q_pe, cache, block_table, seq_lens, softmax_sc
         q_nope.data_ptr() & 15, q_pe.data_ptr() & 15, cache.data_ptr() & 15, block_table.data_ptr() & 15,
         seq_lens.data_ptr() & 15,
     )  # fmt: skip
-    hardware = made.decode.parameters["hardware"]
+    hardware = made.attend.parameters["hardware"]
     inputs = (q_nope, q_pe, *split_views(cache), block_table, seq_lens, softmax_scale, least)
     constants = (causal, made.block_n, hardware)
-    launch_split(made, (*inputs, *constants), key, seq_lens, least, splits, out, lse, *parts(out, splits))
+    launch(made, (*inputs, *constants), key, seq_lens, least, splits, out, lse, *parts(out, splits))
     return out, lse
 
 
@@ -195,21 +181,25 @@ def _example(
     device="cpu", dtype=torch.bfloat16, *, tokens=4, heads=16, page_size=64, s_q=1, keys=None, num_splits=None, **_
 ):
     """`keys`: those of the first request, each next one has one less; None: 1, 2, 3, ..."""
-    ends = torch.arange(1, tokens + 1) if keys is None else torch.arange(keys, keys - tokens, -1)
-    pages = 1 if keys is None else -(-keys // page_size)
-    cache = torch.empty(tokens * pages, page_size, TOKEN_BYTES, device=device, dtype=torch.uint8)
-    latent, pe = (torch.randn(tokens * pages, page_size, columns, device=device) for columns in (LATENT, ROPE))
-    quantize_into(cache, latent / 10, pe / 10)
+    table, lengths = example_requests(tokens, page_size, keys, device)
     return (
         torch.randn(tokens, s_q, heads, LATENT, device=device, dtype=dtype),
         torch.randn(tokens, s_q, heads, ROPE, device=device, dtype=dtype),
-        cache,
-        torch.arange(tokens * pages, dtype=torch.int32, device=device).view(tokens, pages),
-        ends.clamp(1, pages * page_size).to(device=device, dtype=torch.int32),
+        example_cache(table.numel(), page_size, device),
+        table,
+        lengths,
         (LATENT + ROPE) ** -0.5,
         True,
         num_splits,
     )
+
+
+def example_cache(pages: int, page_size: int, device, gap: int = 0) -> torch.Tensor:
+    """`[pages, page_size, 656]` of small random latents, with `gap` slots between pages."""
+    cache = torch.empty(pages, page_size + gap, TOKEN_BYTES, device=device, dtype=torch.uint8)[:, :page_size]
+    latent, pe = (torch.randn(pages, page_size, columns, device=device) for columns in (LATENT, ROPE))
+    quantize_into(cache, latent / 10, pe / 10)
+    return cache
 
 
 mla_decode_fp8 = register(

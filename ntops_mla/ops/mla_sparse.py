@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import torch
 
-from ntops_mla.board import Board, Needed
-from ntops_mla.kernel import Kernel, within_int32
+from ntops_mla.board import Board
+from ntops_mla.kernel import within_int32
 from ntops_mla.ops import _check
-from ntops_mla.ops._attention import GATHER_BYTES, joined
+from ntops_mla.ops._attention import GATHER_BYTES, side_by_side
 from ntops_mla.ops._op import register
-from ntops_mla.ops.latent_append import LATENT_SIZES
-from ntops_mla.ops.mla_decode import check_numbers, check_queries, split
+from ntops_mla.ops._split import Made, make, needed, plan, refuse_far_slots
+from ntops_mla.ops.mla_decode import check_caches, check_numbers, check_queries, unsupported_heads
 from ntops_mla.platform import Platform, Tile
 
 _NO_KEY = float("-inf")
@@ -22,7 +22,7 @@ _NO_KEY = float("-inf")
 # Keys that a split has at least, unless the caller says how many splits there are. Fewer than in mla_decode, as in
 # FlashMLA: a token has 2048 at most as a rule, and one of 128 heads then makes 64 programs with a tile of 64 rows and
 # 128 with one of 32.
-_SPLIT_KEYS = 64
+SPLIT_KEYS = 64
 
 # Of the reference on a CPU, for each thread: bytes gathered at once. What is gathered and its scores stay in the caches
 # then, and are no new pages of memory each time, which cost more than the products.
@@ -65,18 +65,7 @@ def mla_sparse(
 def _check_args(q_nope, q_pe, kv_cache, pe_cache, indices, softmax_scale, topk_length, num_splits, want_max):
     op = "mla_sparse"
     check_queries(op, q_nope, q_pe)
-    _check.tensor(op, "kv_cache", kv_cache, "[pages, page_size, C]", 3)
-    _check.size(op, "kv_cache", kv_cache, 2, q_nope.shape[3], "[pages, page_size, C]")
-    if kv_cache.shape[1] < 1:
-        raise ValueError(f"{op}: kv_cache must have a page size of at least 1, got shape {list(kv_cache.shape)}")
-    _check.tensor(op, "pe_cache", pe_cache, "[pages, page_size, R]", 3)
-    _check.size(op, "pe_cache", pe_cache, 2, q_pe.shape[3], "[pages, page_size, R]")
-    if pe_cache.shape[:2] != kv_cache.shape[:2]:
-        raise ValueError(
-            f"{op}: pe_cache must have kv_cache's pages and page size {list(kv_cache.shape[:2])}, "
-            f"got {list(pe_cache.shape[:2])}"
-        )
-    _check.same(op, "q_nope", q_nope, ("q_pe", q_pe), ("kv_cache", kv_cache), ("pe_cache", pe_cache))
+    check_caches(op, q_nope, q_pe, kv_cache, pe_cache, any_page_size=True)
     check_lists(op, q_nope, indices, topk_length)
     check_numbers(op, softmax_scale, num_splits)
     _check.flag(op, "want_max", want_max)
@@ -98,17 +87,9 @@ def check_lists(op: str, q_nope: torch.Tensor, indices: object, topk_length: obj
 
 
 def _reference(q_nope, q_pe, kv_cache, pe_cache, indices, softmax_scale, topk_length, num_splits, want_max):
-    together = joined(kv_cache, pe_cache)
-    caches = (kv_cache, pe_cache) if together is None else (together,)
     pages, page_size, _ = kv_cache.shape
-
-    # Latent and rope columns side by side
-    def rows(index):
-        parts = [_rows(cache, index, page_size) for cache in caches]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-
-    cache = Rows(rows, pages * page_size)
-    return attend_lists(cache, q_nope, q_pe, indices, softmax_scale, topk_length, want_max)
+    gather = side_by_side(kv_cache, pe_cache, lambda cache, index: _rows(cache, index, page_size))
+    return attend_lists(Rows(gather, pages * page_size), q_nope, q_pe, indices, softmax_scale, topk_length, want_max)
 
 
 class Rows(NamedTuple):
@@ -228,6 +209,11 @@ def _adds_before_it_rounds() -> bool:
 
 
 def _fake(q_nope, q_pe, kv_cache, pe_cache, indices, softmax_scale, topk_length, num_splits, want_max):
+    return results(q_nope, want_max)
+
+
+def results(q_nope: torch.Tensor, want_max: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """out, lse and max_logits, not yet written."""
     shape, device = q_nope.shape[:3], q_nope.device
     out = torch.empty(q_nope.shape, dtype=q_nope.dtype, device=device)
     lse = torch.empty(shape, dtype=torch.float32, device=device)
@@ -239,43 +225,25 @@ def _key(q_nope, q_pe, kv_cache, pe_cache, indices, softmax_scale, topk_length, 
 
 
 def _supports(platform: Platform, dtypes: tuple, sizes: tuple) -> str | None:
-    latent, rope, _ = sizes
-    if (latent, rope) not in LATENT_SIZES:
-        allowed = " or ".join(f"{c} + {r}" for c, r in LATENT_SIZES)
-        return f"absorbed heads of {latent} + {rope} columns; the kernel takes {allowed}"
-    return None
+    return unsupported_heads(*sizes[:2])
 
 
 def _tiles(board: Board, dtypes: tuple, sizes: tuple) -> list:
     latent, _, heads = sizes
     tile = _tile(board, dtypes[0], latent, heads)
-    return [
-        Needed("mla_sparse", tile, (tile.blocks["block_h"], tile.blocks["block_n"]) if tile else ()),
-        Needed("mla_combine", board.tile("mla_combine", dtypes[0], latent=latent)),
-    ]
+    return needed(board, "mla_sparse", tile, dtypes[0], latent)
 
 
 def _tile(board: Board, dtype: torch.dtype, latent: int, heads: int) -> Tile | None:
     return board.tile("mla_sparse", dtype, rows=heads, latent=latent)
 
 
-class Made(NamedTuple):
-    """Both kernels, and the heads and keys of a tile."""
-
-    sparse: Kernel
-    combine: Kernel
-    block_h: int
-    block_n: int
-
-
 @functools.lru_cache(maxsize=256)
 def _made(board: Board, dtype: torch.dtype, latent: int, rope: int, heads: int) -> Made:
     tile = _tile(board, dtype, latent, heads)
     # A part of the columns lies in the latent.
-    sizes = {"block_c": min(tile.blocks["block_c"], latent), "latent": latent, "rope": rope}
-    sparse = board.make("mla_sparse", tile, **sizes)
-    combine = board.make("mla_combine", board.tile("mla_combine", dtype, latent=latent), latent=latent)
-    return Made(sparse, combine, tile.blocks["block_h"], tile.blocks["block_n"])
+    block_c = min(tile.blocks["block_c"], latent)
+    return make(board, "mla_sparse", tile, dtype, latent, block_c=block_c, latent=latent, rope=rope)
 
 
 def counts(indices: torch.Tensor, topk_length: torch.Tensor | None) -> torch.Tensor:
@@ -286,20 +254,9 @@ def counts(indices: torch.Tensor, topk_length: torch.Tensor | None) -> torch.Ten
     return topk_length.flatten().clamp(0, topk)
 
 
-def plan(board: Board, made: Made, tokens: int, heads: int, topk: int, num_splits: int | None) -> tuple[int, int]:
-    """How many splits each token's indices are cut into, and the blocks of them that one has at least."""
-    if num_splits is not None:
-        return num_splits, 1
-    splits = split(tokens * -(-heads // made.block_h), topk, board.processors, _SPLIT_KEYS)
-    return splits, max(1, _SPLIT_KEYS // made.block_n)
-
-
 def _kernel(board: Board, q_nope, q_pe, kv_cache, pe_cache, indices, softmax_scale, topk_length, num_splits, want_max):
     batch, s_q, heads, latent = q_nope.shape
-    topk, tokens, device = indices.shape[2], batch * s_q, q_nope.device
-    out = torch.empty(batch, s_q, heads, latent, dtype=q_nope.dtype, device=device)
-    lse = torch.empty(batch, s_q, heads, dtype=torch.float32, device=device)
-    maxima = torch.empty(lse.shape if want_max else 0, dtype=torch.float32, device=device)
+    out, lse, maxima = results(q_nope, want_max)
     if not out.numel():
         return out, lse, maxima
     # [T, H, C], [T, H, R], [T, topk]: views, unless requests lie apart from each other
@@ -307,7 +264,7 @@ def _kernel(board: Board, q_nope, q_pe, kv_cache, pe_cache, indices, softmax_sca
     kv_cache, pe_cache, flat = _flattened(kv_cache, pe_cache)
     lengths = counts(indices, topk_length)
     made = _made(board, q_nope.dtype, latent, q_pe.shape[2], heads)
-    splits, least = plan(board, made, tokens, heads, topk, num_splits)
+    splits, least = plan(board, made, batch * s_q, heads, indices.shape[1], num_splits, SPLIT_KEYS)
     inputs = (q_nope, q_pe, kv_cache, pe_cache, indices, lengths, softmax_scale, least)
     launch(made, inputs, flat, splits, out, lse, maxima if want_max else None)
     return out, lse, maxima
@@ -320,11 +277,7 @@ def _flattened(*caches):
         rows = (c.stride(0) if page_size == 1 else c.stride(1) for c in caches)
         shapes = ((pages * page_size, 1, c.shape[2]) for c in caches)
         return *(c.as_strided(s, (row, 1, c.stride(2))) for c, s, row in zip(caches, shapes, rows)), True
-    for name, cache in zip(("kv_cache", "pe_cache"), caches):
-        if (page_size - 1) * cache.stride(1) >= 2**31:
-            raise NotImplementedError(
-                f"{name}: slots {cache.stride(1)} elements apart, which int32 offsets do not reach"
-            )
+    refuse_far_slots(**dict(zip(("kv_cache", "pe_cache"), caches)))
     return *caches, False
 
 
@@ -343,19 +296,19 @@ def launch(made: Made, inputs: tuple, flat: bool, splits: int, out, lse, maxima)
 
 
 def launch_lists(made: Made, inputs: tuple, key: tuple, lengths, least: int, splits: int, out, lse, maxima) -> None:
-    """`made.sparse(*inputs, out, lse, max_logits)`, and with several splits `made.combine` of them."""
+    """`made.attend(*inputs, out, lse, max_logits)`, and with several splits `made.combine` of them."""
     heads, latent = out.shape[2:]
     tokens, want_max = lengths.shape[0], maxima is not None
     rows = (tokens, 1, heads)
     whole, whole_lse = out.view(*rows, latent), lse.view(rows)
     if splits == 1:
-        made.sparse(*inputs, whole, whole_lse, maxima.view(rows) if want_max else whole_lse, key=key)
+        made.attend(*inputs, whole, whole_lse, maxima.view(rows) if want_max else whole_lse, key=key)
         return
     part = torch.empty(tokens, splits, heads, latent, dtype=torch.float32, device=out.device)
     part_lse = torch.empty(tokens, splits, heads, dtype=torch.float32, device=out.device)
     # A split without indices writes nothing.
     part_max = torch.full_like(part_lse, _NO_KEY) if want_max else part_lse
-    made.sparse(*inputs, part, part_lse, part_max, key=key)
+    made.attend(*inputs, part, part_lse, part_max, key=key)
     made.combine(part, part_lse[:, :, None], lengths, least, made.block_n, whole, whole_lse, key=key)
     if want_max:
         torch.amax(part_max, 1, out=maxima.view(tokens, heads))
@@ -379,24 +332,28 @@ def _example(
     want_max=False,
     **_,
 ):
-    """ragged: each token has one index less than the one before it that names a key, and at least one. gap: slots
-    between two pages."""
+    """gap: slots between two pages. ragged: see `example_lists`."""
     cache = torch.randn(pages, page_size + gap, kv_lora_rank + rope, device=device, dtype=dtype)[:, :page_size]
-    indices = torch.randint(pages * page_size, (tokens, s_q, topk), dtype=torch.int32)
-    counts = torch.arange(topk, topk - tokens * s_q, -1) if ragged else torch.full((tokens * s_q,), topk)
-    counts = counts.clamp(min=1).view(tokens, s_q, 1)
-    indices = indices.masked_fill(torch.arange(topk) >= counts, -1).to(device)
     return (
         torch.randn(tokens, s_q, heads, kv_lora_rank, device=device, dtype=dtype),
         torch.randn(tokens, s_q, heads, rope, device=device, dtype=dtype),
         cache[:, :, :kv_lora_rank],
         cache[:, :, kv_lora_rank:],
-        indices,
+        example_lists(tokens, s_q, topk, pages * page_size, ragged, device),
         (kv_lora_rank + rope) ** -0.5,
         None,
         num_splits,
         want_max,
     )
+
+
+def example_lists(tokens: int, s_q: int, topk: int, slots: int, ragged: bool, device) -> torch.Tensor:
+    """Indices of an example. ragged: each token has one index less than the one before it that names a key, and at
+    least one."""
+    indices = torch.randint(slots, (tokens, s_q, topk), dtype=torch.int32)
+    named = torch.arange(topk, topk - tokens * s_q, -1) if ragged else torch.full((tokens * s_q,), topk)
+    named = named.clamp(min=1).view(tokens, s_q, 1)
+    return indices.masked_fill(torch.arange(topk) >= named, -1).to(device)
 
 
 mla_sparse = register(

@@ -6,14 +6,24 @@ import functools
 
 import torch
 
-from ntops_mla.board import Board, Needed
+from ntops_mla.board import Board
 from ntops_mla.kernel import within_int32
 from ntops_mla.ops import _check
-from ntops_mla.ops._fp8 import LATENT, ROPE, TOKEN_BYTES, dequantize, quantize_into
+from ntops_mla.ops._fp8 import LATENT, ROPE, TOKEN_BYTES, dequantize
 from ntops_mla.ops._op import register
+from ntops_mla.ops._split import Made, make, needed, plan
 from ntops_mla.ops.mla_decode import check_numbers
-from ntops_mla.ops.mla_decode_fp8 import check_fp8, split_views
-from ntops_mla.ops.mla_sparse import Made, Rows, attend_lists, check_lists, counts, launch_lists, plan
+from ntops_mla.ops.mla_decode_fp8 import check_fp8, example_cache, split_views
+from ntops_mla.ops.mla_sparse import (
+    SPLIT_KEYS,
+    Rows,
+    attend_lists,
+    check_lists,
+    counts,
+    example_lists,
+    launch_lists,
+    results,
+)
 from ntops_mla.platform import Platform, Tile
 
 
@@ -71,10 +81,7 @@ def _reference(q_nope, q_pe, cache, indices, softmax_scale, topk_length, num_spl
 
 
 def _fake(q_nope, q_pe, cache, indices, softmax_scale, topk_length, num_splits, want_max):
-    shape, device = q_nope.shape[:3], q_nope.device
-    out = torch.empty(q_nope.shape, dtype=q_nope.dtype, device=device)
-    lse = torch.empty(shape, dtype=torch.float32, device=device)
-    return out, lse, torch.empty(shape if want_max else 0, dtype=torch.float32, device=device)
+    return results(q_nope, want_max)
 
 
 def _key(q_nope, q_pe, cache, indices, softmax_scale, topk_length, num_splits, want_max):
@@ -86,11 +93,7 @@ def _supports(platform: Platform, dtypes: tuple, sizes: tuple) -> str | None:
 
 
 def _tiles(board: Board, dtypes: tuple, sizes: tuple) -> list:
-    tile = _tile(board, dtypes[0], sizes[0])
-    return [
-        Needed("mla_sparse_fp8", tile, (tile.blocks["block_h"], tile.blocks["block_n"]) if tile else ()),
-        Needed("mla_combine", board.tile("mla_combine", dtypes[0], latent=LATENT)),
-    ]
+    return needed(board, "mla_sparse_fp8", _tile(board, dtypes[0], sizes[0]), dtypes[0], LATENT)
 
 
 def _tile(board: Board, dtype: torch.dtype, heads: int) -> Tile | None:
@@ -99,15 +102,11 @@ def _tile(board: Board, dtype: torch.dtype, heads: int) -> Tile | None:
 
 @functools.lru_cache(maxsize=256)
 def _made(board: Board, dtype: torch.dtype, heads: int) -> Made:
-    tile = _tile(board, dtype, heads)
-    combine = board.make("mla_combine", board.tile("mla_combine", dtype, latent=LATENT), latent=LATENT)
-    return Made(board.make("mla_sparse_fp8", tile), combine, tile.blocks["block_h"], tile.blocks["block_n"])
+    return make(board, "mla_sparse_fp8", _tile(board, dtype, heads), dtype, LATENT)
 
 
 def _kernel(board: Board, q_nope, q_pe, cache, indices, softmax_scale, topk_length, num_splits, want_max):
-    out = torch.empty(q_nope.shape, dtype=q_nope.dtype, device=q_nope.device)
-    lse = torch.empty(q_nope.shape[:3], dtype=torch.float32, device=q_nope.device)
-    maxima = torch.empty(lse.shape if want_max else 0, dtype=torch.float32, device=q_nope.device)
+    out, lse, maxima = results(q_nope, want_max)
     if not out.numel():
         return out, lse, maxima
     # [T, H, C], [T, H, R], [T, topk]: views, unless requests lie apart from each other
@@ -120,7 +119,7 @@ def _kernel(board: Board, q_nope, q_pe, cache, indices, softmax_scale, topk_leng
     lengths = counts(indices, topk_length)
     (tokens, heads, _), topk = q_nope.shape, indices.shape[1]
     made = _made(board, q_nope.dtype, heads)
-    splits, least = plan(board, made, tokens, heads, topk, num_splits)
+    splits, least = plan(board, made, tokens, heads, topk, num_splits, SPLIT_KEYS)
     # All that the launches depend on; outputs are contiguous, and the parts of the cache hang on the whole.
     key = (
         q_nope.dtype, made.block_n, q_nope.shape, q_nope.stride(), q_pe.stride(), cache.shape, cache.stride(),
@@ -129,7 +128,7 @@ def _kernel(board: Board, q_nope, q_pe, cache, indices, softmax_scale, topk_leng
         lengths.data_ptr() & 15,
     )  # fmt: skip
     inputs = (q_nope, q_pe, *split_views(cache), indices, lengths, softmax_scale, least)
-    constants = (flat, want_max, made.block_n, made.sparse.parameters["hardware"])
+    constants = (flat, want_max, made.block_n, made.attend.parameters["hardware"])
     maximum = maxima if want_max else None
     launch_lists(made, (*inputs, *constants), key, lengths, least, splits, out, lse, maximum)
     return out, lse, maxima
@@ -151,21 +150,12 @@ def _example(
     ragged=True,
     **_,
 ):
-    """`ragged`: each token has one index less than the one before it that names a key, and at least one. `gap`: slots
-    between pages."""
-    room = torch.empty(pages, page_size + gap, TOKEN_BYTES, device=device, dtype=torch.uint8)
-    cache = room[:, :page_size]
-    latent, pe = (torch.randn(pages, page_size, columns, device=device) for columns in (LATENT, ROPE))
-    quantize_into(cache, latent / 10, pe / 10)
-    indices = torch.randint(pages * page_size, (tokens, s_q, topk), dtype=torch.int32)
-    named = torch.arange(topk, topk - tokens * s_q, -1) if ragged else torch.full((tokens * s_q,), topk)
-    named = named.clamp(min=1).view(tokens, s_q, 1)
-    indices = indices.masked_fill(torch.arange(topk) >= named, -1).to(device)
+    """gap: slots between two pages. ragged: see `example_lists`."""
     return (
         torch.randn(tokens, s_q, heads, LATENT, device=device, dtype=dtype),
         torch.randn(tokens, s_q, heads, ROPE, device=device, dtype=dtype),
-        cache,
-        indices,
+        example_cache(pages, page_size, device, gap),
+        example_lists(tokens, s_q, topk, pages * page_size, ragged, device),
         (LATENT + ROPE) ** -0.5,
         None,
         num_splits,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from bench_rows import graphs, sparse_ways
 from bench_rows.problem import EPS, LATENT, ROPE, Problem
 from ntops_mla import ops
-from ntops_mla.board import Board, board_of
+from ntops_mla.board import board_of
 from ntops_mla.devices import detect
 from ntops_mla.ops._attention import merge
 from ntops_mla.platform import Tile
@@ -99,9 +99,8 @@ def kernels(problem, tile: Tile | None = None) -> Iterator[Way]:
     if tile is None:
         made = module._made(board, q_nope.dtype, latent, q_pe.shape[3], page, rows, causal)
     else:
-        made = _made_of(module, board, tile, q_nope.dtype, latent, q_pe.shape[3], page)
-    splits = module.split(batch * -(-rows // made.block_h), table.shape[1] * page, board.processors)
-    least = max(1, module._SPLIT_KEYS // made.block_n)
+        made = module.made_of(board, tile, q_nope.dtype, latent, q_pe.shape[3], page)
+    splits, least = module.plan(board, made, batch, rows, table.shape[1] * page, None)
     out = torch.empty(q_nope.shape, dtype=q_nope.dtype, device=problem.device)
     lse = torch.empty(batch, heads, s_q, dtype=torch.float32, device=problem.device)
     part = torch.empty(batch, splits, rows, latent, dtype=torch.float32, device=problem.device)
@@ -116,21 +115,13 @@ def kernels(problem, tile: Tile | None = None) -> Iterator[Way]:
         if splits == 1:
             both()
         else:
-            made.decode(*inputs, causal, made.block_n, part, part_lse)
+            made.attend(*inputs, causal, made.block_n, part, part_lse)
 
     numbers = None if tile is None else {**tile.blocks, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
     note = f"splits {splits}"
     yield Way(OURS, KERNEL, alone, both, _kernel, numbers, note)
     if splits > 1 and tile is None:
         yield Way(OURS, BOTH, both, None, _kernel, numbers, note)
-
-
-def _made_of(module, board: Board, tile: Tile, dtype, latent: int, rope: int, page: int):
-    block_n, block_c = min(tile.blocks["block_n"], page), min(tile.blocks["block_c"], latent)
-    sizes = {"page_size": page, "latent": latent, "rope": rope}
-    decode = board.make("mla_decode", tile, block_n=block_n, block_c=block_c, **sizes)
-    combine = board.make("mla_combine", board.tile("mla_combine", dtype, latent=latent), latent=latent)
-    return module.Made(decode, combine, tile.blocks["block_h"], block_n)
 
 
 def _combine(problem) -> Iterator[Way | Absent]:

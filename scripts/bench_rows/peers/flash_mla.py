@@ -21,16 +21,12 @@ class FlashMLA(Peer):
     note = "scheduling metadata made before, as its users do once a step"
 
     def unsupported(self, problem):
-        if problem.case.kind == "prefill" and not hasattr(
-            importlib.import_module("flash_mla"), "flash_attn_varlen_func"
-        ):
-            return "this flash_mla has no flash_attn_varlen_func"
-        if problem.case.kind == "sparse" and not problem.fp8:
+        kind = problem.case.kind
+        if kind == "sparse" and not problem.fp8:
             return "flash_mla's sparse decode reads fp8 caches alone"
-        if problem.case.kind == "sparse_prefill" and not hasattr(
-            importlib.import_module("flash_mla"), "flash_mla_sparse_fwd"
-        ):
-            return "this flash_mla has no flash_mla_sparse_fwd"
+        wanted = {"prefill": "flash_attn_varlen_func", "sparse_prefill": "flash_mla_sparse_fwd"}.get(kind)
+        if wanted and not hasattr(importlib.import_module("flash_mla"), wanted):
+            return f"this flash_mla has no {wanted}"
         return None
 
     def sparse(self, problem):
