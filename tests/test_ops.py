@@ -651,6 +651,19 @@ def attend64(q, k, v, scale, mask=None, causal=False):
     return scores.softmax(-1) @ v.double(), scores.logsumexp(-1)
 
 
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_attend_where_exponentials_are_worst(name, dtype):
+    """One key and n like each other behind it: the error of an exponential is the lse's, wherever it is largest."""
+    behind = torch.linspace(-3, 0, 300)
+    q = torch.ones(300, 1, 1, 8, dtype=dtype)
+    for keys in (17, 33, 65, 513):
+        k = torch.zeros(300, 1, keys, 8, dtype=dtype)
+        k[:, 0, 1:, 0] = behind[:, None]
+        _, lse = form(name)(q, k, k, 1.0)
+        assert_close(lse, attend64(q, k, k, 1.0)[1], PREFILL_LSE if dtype in HALF else LSE)
+
+
 @pytest.mark.parametrize("elements", [1, 100, 1 << 24], ids=["a row", "some rows", "all rows"])
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
