@@ -61,16 +61,16 @@ def measure(rounds: int) -> dict[str, float]:
     )  # fmt: skip
     made = mla_decode._made(board, torch.bfloat16, 512, 64, 64, heads, False)
     splits = 4
-    inputs = (*args, 1)
+    inputs = (*args[:-1], args[4], args[-1], 1)
     out, lse = torch.zeros(batch, 1, heads, 512, dtype=torch.bfloat16), torch.zeros(batch, heads, 1)
     part, part_lse = torch.zeros(batch, splits, heads, 512), torch.zeros(batch, splits, 1, heads)
 
     def cached() -> None:
-        mla_decode.launch(made, inputs, False, splits, out, lse, part, part_lse)
+        mla_decode.launch(made, inputs, False, False, out, lse, part, part_lse)
 
     def generated() -> None:
-        made.attend._launch(*inputs, False, made.block_n, part, part_lse)
-        made.combine._launch(part, part_lse, args[5], 1, made.block_n, out, lse.transpose(1, 2))
+        made.attend._launch(*inputs, False, False, made.block_n, part, part_lse)
+        made.combine._launch(part, part_lse, args[5], args[4], 1, False, made.block_n, out, lse.transpose(1, 2))
 
     times: dict[str, list[float]] = {"cached": [], "generated": []}
     for run in (cached, generated):  # compiles

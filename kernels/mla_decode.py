@@ -8,6 +8,10 @@ num_splits, s_q, H]`, of each split's own keys; `mla_combine` joins the splits. 
 rows of one matrix, because all of them share the keys. A program takes `block_h` rows and one split of a request's
 keys, `block_n` at a time; with one split it writes the result itself.
 
+`planned`: which keys of which request a program takes stands in schedule int32 `[n, 4]`, as `mla_schedule` writes it,
+and out is `[1, n, s_q * H, C]`, lse `[1, n, s_q, H]`. Otherwise each request has the same number of splits, and
+schedule is any int32 `[., .]` that is not looked at.
+
 - A tile of keys is loaded once: its first C columns are the values too.
 - The latent is cut into parts of `block_c` columns, each with its own accumulator. Which takes fewer registers hangs on
   the tile: compiled with Triton 3.6 for sm_90, one of 512 does in a tile of 64 rows and 64 keys (no spill, against 16
@@ -31,10 +35,11 @@ from ninetoothed import Tensor
 
 
 def arrangement(
-    q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, least, causal, block_n, out, lse, block_h,
-    block_c,
+    q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, schedule, softmax_scale, least, causal, planned, block_n,
+    out, lse, block_h, block_c,
 ):  # fmt: skip
-    batch = seq_lens.shape[0]
+    # B and num_splits; planned: 1 and n
+    batch = out.shape[0]
     num_splits = out.shape[1]
     latent, rope = q_nope.shape[3], q_pe.shape[3]
 
@@ -57,14 +62,15 @@ def arrangement(
         arranged.dtype.dtype = arranged.dtype.dtype.squeeze((0, 1))
         return arranged
 
-    # (B, num_splits, row blocks) x (max_pages,) x ()
-    block_table_arranged = block_table.tile((1, 1)).tile((1, -1)).unsqueeze(2).expand((-1, num_splits, row_blocks))
-    block_table_arranged.dtype = block_table_arranged.dtype.squeeze(0)
-    block_table_arranged.dtype.dtype = block_table_arranged.dtype.dtype.squeeze((0, 1))
+    def listed(tensor):
+        # (B, num_splits, row blocks) x (rows, columns) x ()
+        arranged = tensor.tile((1, 1)).tile((-1, -1)).unsqueeze(2).expand(grid)
+        arranged.dtype.dtype = arranged.dtype.dtype.squeeze((0, 1))
+        return arranged
 
-    # (B, num_splits, row blocks) x ()
-    seq_lens_arranged = seq_lens.tile((1,)).unsqueeze(1).unsqueeze(2).expand((-1, num_splits, row_blocks))
-    seq_lens_arranged.dtype = seq_lens_arranged.dtype.squeeze(0)
+    # (B, num_splits, row blocks) x (B,) x ()
+    seq_lens_arranged = seq_lens.tile((1,)).tile((-1,)).unsqueeze(1).unsqueeze(2).expand(grid)
+    seq_lens_arranged.dtype.dtype = seq_lens_arranged.dtype.dtype.squeeze(0)
 
     # (B, num_splits, row blocks) x (B, parts) x (block_h, block_c)
     out_arranged = out.tile((1, 1, block_h, block_c)).tile((-1, 1, 1, -1)).squeeze(3).expand((batch, -1, -1))
@@ -80,11 +86,13 @@ def arrangement(
         rows(q_pe, rope),
         paged(kv_cache, block_c),
         paged(pe_cache, rope),
-        block_table_arranged,
+        listed(block_table),
         seq_lens_arranged,
+        listed(schedule),
         softmax_scale,
         least,
         causal,
+        planned,
         block_n,
         out_arranged,
         lse_arranged,
@@ -92,19 +100,33 @@ def arrangement(
 
 
 def application(
-    q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, least, causal, block_n, out, lse
-):
-    seq_len = seq_lens
-    batch = ntl.cast(seq_lens.offsets(0), ntl.int64)
+    q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, schedule, softmax_scale, least, causal, planned, block_n,
+    out, lse,
+):  # fmt: skip
     split = lse.offsets(1)
-    num_splits = lse.source.shape[1]
-    # This split's blocks of keys: [start, end)
+    if planned:
+        # Nobody's is -1. What else lies outside the batch was never written: it is not followed.
+        row = schedule[split, 0]
+        idle = (row < 0) | (row >= seq_lens.shape[0])
+    else:
+        row = lse.offsets(0)
+    seq_len = seq_lens[row]
     num_blocks = (seq_len + block_n - 1) // block_n
-    per_split = ntl.maximum((num_blocks + num_splits - 1) // num_splits, least)
-    start = split * per_split
-    end = ntl.minimum(start + per_split, num_blocks)
-    if (start >= end) & (split > 0):
+    # This split's blocks of keys: [start, end)
+    if planned:
+        start = ntl.maximum(schedule[split, 1], 0) // block_n
+        end = (ntl.minimum(schedule[split, 2], seq_len) + block_n - 1) // block_n
+    else:
+        num_splits = lse.source.shape[1]
+        per_split = ntl.maximum((num_blocks + num_splits - 1) // num_splits, least)
+        start = split * per_split
+        end = ntl.minimum(start + per_split, num_blocks)
+        idle = (start >= end) & (split > 0)
+    if idle:
         return
+    # Of the queries and pages, and of the results
+    batch = ntl.cast(row, ntl.int64)
+    target = ntl.cast(lse.offsets(0), ntl.int64)
 
     # The number of parts is a constant: each `if` on it is decided while compiling.
     # [block_h, block_c]
@@ -128,7 +150,7 @@ def application(
     tiles = kv_cache.shape[1] // block_n
     page = ntl.cast(0, ntl.int64)
     if start < end:
-        page = ntl.cast(block_table[start // tiles], ntl.int64)
+        page = ntl.cast(block_table[row, start // tiles], ntl.int64)
     for block in range(start, end):
         position = block * block_n + ntl.arange(0, block_n)
         slot = block % tiles * block_n + ntl.arange(0, block_n)
@@ -140,7 +162,7 @@ def application(
             k1 = kv_cache[page, slot[:, None], 1]
         # [block_n, R]
         kp = pe_cache[page, slot[:, None], 0]
-        page = ntl.cast(block_table[ntl.minimum(block + 1, num_blocks - 1) // tiles], ntl.int64)
+        page = ntl.cast(block_table[row, ntl.minimum(block + 1, num_blocks - 1) // tiles], ntl.int64)
 
         # [block_h, block_n]
         s = ntl.dot(q0, ntl.trans(k0), input_precision="ieee")
@@ -163,9 +185,9 @@ def application(
 
     # A row without keys: out 0, lse -inf
     divisor = ntl.where(total == 0, 1.0, total)
-    out[batch, 0] = acc0 / divisor[:, None]
+    out[target, 0] = acc0 / divisor[:, None]
     if kv_cache.shape[2] == 2:
-        out[batch, 1] = acc1 / divisor[:, None]
+        out[target, 1] = acc1 / divisor[:, None]
     lse = ntl.where(total == 0, float("-inf"), (m + ntl.log2(divisor)) * 0.6931471805599453)
 
 
@@ -178,9 +200,11 @@ def premake(page_size, block_h, block_n, block_c, latent=512, rope=64, dtype=Non
         Tensor(shape=(None, page_size, rope), dtype=dtype, other=0, name="pe_cache"),
         Tensor(2, name="block_table"),
         Tensor(1, name="seq_lens"),
+        Tensor(2, name="schedule"),
         Tensor(0, name="softmax_scale"),
         Tensor(0, name="least"),
         Tensor(0, constexpr=True, name="causal"),
+        Tensor(0, constexpr=True, name="planned"),
         Tensor(0, constexpr=True, name="block_n"),
         Tensor(shape=(None, None, None, latent), name="out"),
         Tensor(4, name="lse"),

@@ -7,7 +7,7 @@ q_nope `[B, s_q, H, 512]`, q_pe `[B, s_q, H, 64]`; of each token's 656 bytes the
 page_size, 512]`, the next 16 as scales, float32 `[pages, page_size, 4]`, and the last 128 in pe, a page's bytes as
 bfloat16, `[pages, page_size * 328]`; block_table int32 `[B, max_pages]`, seq_lens int32 `[B]` -> out `[B, num_splits,
 s_q * H, 512]`, lse float32 `[B, num_splits, s_q, H]`, of each split's own keys; `mla_combine` joins the splits. Rows,
-splits, masks and sentinels are as in `mla_decode`.
+splits, `planned`, masks and sentinels are as in `mla_decode`; schedule int32 `[n, 4]`.
 
 - A tile of keys is dequantised once, for all rows of a program: scale * code in float32, rounded to the queries' dtype.
   It goes by groups of 128 columns, each with its own accumulator: a tile of 512 is more float32 values than registers.
@@ -32,10 +32,11 @@ from ninetoothed import Tensor
 
 
 def arrangement(
-    q_nope, q_pe, codes, scales, pe, block_table, seq_lens, softmax_scale, least, causal, block_n, hardware, out, lse,
-    block_h,
+    q_nope, q_pe, codes, scales, pe, block_table, seq_lens, schedule, softmax_scale, least, causal, planned, block_n,
+    hardware, out, lse, block_h,
 ):  # fmt: skip
-    batch = seq_lens.shape[0]
+    # B and num_splits; planned: 1 and n
+    batch = out.shape[0]
     num_splits = out.shape[1]
     rope = q_pe.shape[3]
 
@@ -64,14 +65,15 @@ def arrangement(
     pe_arranged = pe.tile((1, 1)).tile((-1, -1)).unsqueeze(2).expand(grid)
     pe_arranged.dtype.dtype = pe_arranged.dtype.dtype.squeeze((0, 1))
 
-    # (B, num_splits, row blocks) x (max_pages,) x ()
-    block_table_arranged = block_table.tile((1, 1)).tile((1, -1)).unsqueeze(2).expand((-1, num_splits, row_blocks))
-    block_table_arranged.dtype = block_table_arranged.dtype.squeeze(0)
-    block_table_arranged.dtype.dtype = block_table_arranged.dtype.dtype.squeeze((0, 1))
+    def listed(tensor):
+        # (B, num_splits, row blocks) x (rows, columns) x ()
+        arranged = tensor.tile((1, 1)).tile((-1, -1)).unsqueeze(2).expand(grid)
+        arranged.dtype.dtype = arranged.dtype.dtype.squeeze((0, 1))
+        return arranged
 
-    # (B, num_splits, row blocks) x ()
-    seq_lens_arranged = seq_lens.tile((1,)).unsqueeze(1).unsqueeze(2).expand((-1, num_splits, row_blocks))
-    seq_lens_arranged.dtype = seq_lens_arranged.dtype.squeeze(0)
+    # (B, num_splits, row blocks) x (B,) x ()
+    seq_lens_arranged = seq_lens.tile((1,)).tile((-1,)).unsqueeze(1).unsqueeze(2).expand(grid)
+    seq_lens_arranged.dtype.dtype = seq_lens_arranged.dtype.dtype.squeeze(0)
 
     # (B, num_splits, row blocks) x (B, parts) x (block_h, 128)
     out_arranged = out.tile((1, 1, block_h, 128)).tile((-1, 1, 1, -1)).squeeze(3).expand((batch, -1, -1))
@@ -88,11 +90,13 @@ def arrangement(
         codes_arranged,
         scales_arranged,
         pe_arranged,
-        block_table_arranged,
+        listed(block_table),
         seq_lens_arranged,
+        listed(schedule),
         softmax_scale,
         least,
         causal,
+        planned,
         block_n,
         hardware,
         out_arranged,
@@ -115,19 +119,33 @@ def dequantized(byte, scale, hardware, like):
 
 
 def application(
-    q_nope, q_pe, codes, scales, pe, block_table, seq_lens, softmax_scale, least, causal, block_n, hardware, out, lse
-):
-    seq_len = seq_lens
-    batch = ntl.cast(seq_lens.offsets(0), ntl.int64)
+    q_nope, q_pe, codes, scales, pe, block_table, seq_lens, schedule, softmax_scale, least, causal, planned, block_n,
+    hardware, out, lse,
+):  # fmt: skip
     split = lse.offsets(1)
-    num_splits = lse.source.shape[1]
-    # This split's blocks of keys: [start, end)
+    if planned:
+        # Nobody's is -1. What else lies outside the batch was never written: it is not followed.
+        row = schedule[split, 0]
+        idle = (row < 0) | (row >= seq_lens.shape[0])
+    else:
+        row = lse.offsets(0)
+    seq_len = seq_lens[row]
     num_blocks = (seq_len + block_n - 1) // block_n
-    per_split = ntl.maximum((num_blocks + num_splits - 1) // num_splits, least)
-    start = split * per_split
-    end = ntl.minimum(start + per_split, num_blocks)
-    if (start >= end) & (split > 0):
+    # This split's blocks of keys: [start, end)
+    if planned:
+        start = ntl.maximum(schedule[split, 1], 0) // block_n
+        end = (ntl.minimum(schedule[split, 2], seq_len) + block_n - 1) // block_n
+    else:
+        num_splits = lse.source.shape[1]
+        per_split = ntl.maximum((num_blocks + num_splits - 1) // num_splits, least)
+        start = split * per_split
+        end = ntl.minimum(start + per_split, num_blocks)
+        idle = (start >= end) & (split > 0)
+    if idle:
         return
+    # Of the queries and pages, and of the results
+    batch = ntl.cast(row, ntl.int64)
+    target = ntl.cast(lse.offsets(0), ntl.int64)
 
     # [block_h, 128]
     q0 = q_nope[batch, 0]
@@ -155,7 +173,7 @@ def application(
     tiles = codes.shape[1] // block_n
     page = ntl.cast(0, ntl.int64)
     if start < end:
-        page = ntl.cast(block_table[start // tiles], ntl.int64)
+        page = ntl.cast(block_table[row, start // tiles], ntl.int64)
     position = start * block_n + ntl.arange(0, block_n)
     slot = start % tiles * block_n + ntl.arange(0, block_n)
     slot = ntl.where(position < seq_len, slot, -1)
@@ -169,7 +187,7 @@ def application(
     c3 = codes[page, slot[:, None], 3]
     for block in range(start, end):
         # The next tile's page
-        ahead = ntl.cast(block_table[ntl.minimum(block + 1, num_blocks - 1) // tiles], ntl.int64)
+        ahead = ntl.cast(block_table[row, ntl.minimum(block + 1, num_blocks - 1) // tiles], ntl.int64)
         position = block * block_n + ntl.arange(0, block_n)
         slot = block % tiles * block_n + ntl.arange(0, block_n)
         slot = ntl.where(position < seq_len, slot, -1)
@@ -228,10 +246,10 @@ def application(
 
     # A row without keys: out 0, lse -inf
     divisor = ntl.where(total == 0, 1.0, total)
-    out[batch, 0] = acc0 / divisor[:, None]
-    out[batch, 1] = acc1 / divisor[:, None]
-    out[batch, 2] = acc2 / divisor[:, None]
-    out[batch, 3] = acc3 / divisor[:, None]
+    out[target, 0] = acc0 / divisor[:, None]
+    out[target, 1] = acc1 / divisor[:, None]
+    out[target, 2] = acc2 / divisor[:, None]
+    out[target, 3] = acc3 / divisor[:, None]
     lse = ntl.where(total == 0, float("-inf"), (m + ntl.log2(divisor)) * 0.6931471805599453)
 
 
@@ -245,9 +263,11 @@ def premake(page_size, block_h, block_n, hardware, dtype=None):
         Tensor(shape=(None, page_size * 328), other=0, name="pe"),
         Tensor(2, name="block_table"),
         Tensor(1, name="seq_lens"),
+        Tensor(2, name="schedule"),
         Tensor(0, name="softmax_scale"),
         Tensor(0, name="least"),
         Tensor(0, constexpr=True, name="causal"),
+        Tensor(0, constexpr=True, name="planned"),
         Tensor(0, constexpr=True, name="block_n"),
         Tensor(0, constexpr=True, name="hardware"),
         Tensor(shape=(None, None, None, 512), name="out"),

@@ -86,8 +86,10 @@ def cases(platforms: list[Platform], names: list[str], everything: bool = False)
         for limits in platform.limits:
             own = str(limits.triton_target.value) if limits.triton_target else None
             for target in [own] if own in TARGETS else limits.stand_ins:
-                for name, dtype in itertools.product(names, DTYPES if everything else DTYPES[:1]):
-                    for sizes in _COMMON.get(name, ({},)) + (_REST.get(name, ()) if everything else ()):
+                for name in names:
+                    calls = _COMMON.get(name, ({},)) + (_REST.get(name, ()) if everything else ())
+                    dtypes = ops.get(name).tried_in(DTYPES if everything else DTYPES[:1])
+                    for dtype, sizes in itertools.product(dtypes, calls):
                         yield Case(platform, limits, TARGETS[target], target != own, name, dtype, sizes)
 
 
@@ -111,7 +113,8 @@ def compile_case(case: Case) -> list[tuple[dict[str, Any], Compiled | None, str]
         op.spec.kernel(board, *args)
         # The examples are short: one split, written by the kernel itself.
         if case.op in ("mla_decode", "mla_decode_fp8"):
-            op.spec.kernel(board, *args[:-1], 4)
+            op.spec.kernel(board, *args[:-2], 4, None)
+            op.spec.kernel(board, *args[:-1], torch.empty(12, 4, dtype=torch.int32, device="meta"))
         if case.op == "mla_prefill":
             op.spec.kernel(board, *args[:-1], False)
         if case.op in ("mla_sparse", "mla_sparse_fp8"):  # with the largest scores, and with pages apart, too
@@ -138,6 +141,7 @@ def _compile(case: Case, triton_version: str, kernel: kernels.Kernel, args: tupl
         "causal": given.get("causal"),
         "split": given["out"].dtype == torch.float32 if kernel.name in _SPLIT else None,
         "flat": given.get("flat"),
+        "planned": given.get("planned"),
         "tile": {**kernel.parameters, "num_warps": kernel.num_warps, "num_stages": kernel.num_stages},
     }
     try:

@@ -130,8 +130,7 @@ class _Buffers:
         self.weights: tuple = ()
 
     def run(self, layers: Callable[[torch.Tensor, Step], torch.Tensor]) -> torch.Tensor:
-        self.step.ran.clear()
-        self.step.modules.clear()
+        self.step.begin()
         return layers(self.hidden_states, self.step)
 
     def fill(self, hidden_states: torch.Tensor, step: Step) -> None:
@@ -166,12 +165,20 @@ class _StillStep(Step):
         self.ran: list[int] = []
         self.modules: list[MLA] = []
         self._reservation = None
+        self.begin()
+
+    def begin(self) -> None:
+        """A pass over the layers begins. Its plan is its own, so that the schedule of the requests is computed in the
+        graph, from the lengths of each replay."""
+        self.ran.clear()
+        self.modules.clear()
+        tokens = slice(0, self.num_tokens)
+        self._plan = Plan((AbsorbedGroup(1, tokens, self.block_table, self.seq_lens),), None, ())
 
     def plan(self, form: str | None = None) -> Plan:
         if form not in (None, "absorbed"):
             raise ValueError(f"form must be None or 'absorbed' in a decode graph, got {form!r}")
-        tokens = slice(0, self.num_tokens)
-        return Plan((AbsorbedGroup(1, tokens, self.block_table, self.seq_lens),), None, ())
+        return self._plan
 
     def weights(self) -> tuple:
         """What tells whether the layers' weights are those that were captured."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
 from ntops_mla.config import MLAConfig
+from ntops_mla.ops.mla_schedule import decode_schedule
 from ntops_mla.platform import detect
 
 if TYPE_CHECKING:
@@ -39,6 +40,14 @@ class AbsorbedGroup:
     tokens: slice | torch.Tensor
     block_table: torch.Tensor
     seq_lens: torch.Tensor
+    _schedules: dict[int, torch.Tensor | None] = field(default_factory=dict, repr=False, compare=False)
+
+    def schedule(self, heads: int, page_size: int) -> torch.Tensor | None:
+        """How the calls of all layers with so many heads share out their keys, made once."""
+        if heads not in self._schedules:
+            keys = self.block_table.shape[1] * page_size
+            self._schedules[heads] = decode_schedule(self.seq_lens, self.s_q * heads, keys)
+        return self._schedules[heads]
 
 
 @dataclass(frozen=True)

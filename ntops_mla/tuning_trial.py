@@ -85,7 +85,7 @@ def arguments(
     if case.op == "mla_decode_fp8":
         args = list(op.example(device, case.dtype, tokens=load.batch, keys=load.keys, **case.call))
         args[4] = torch.tensor(lengths, dtype=torch.int32, device=device)
-        return *args[:-1], splits
+        return *args[:-2], splits, None
     if case.op in ("mla_sparse", "mla_sparse_fp8"):
         sizes = {"tokens": load.batch, "topk": load.keys, "pages": -(-load.keys * load.batch // 64), **case.call}
         *args, _, _ = op.example(device, case.dtype, **sizes, ragged=ragged)
@@ -96,7 +96,7 @@ def arguments(
         args = op.example(device, case.dtype, tokens=load.tokens, **case.call)
         # FlashMLA's tolerances are for values around 0.1.
         return tuple(a * 0.1 if _is_input(a) else a for a in args) if case.op == "mla_prefill" else args
-    q_nope, q_pe, _, _, _, _, scale, causal, _ = op.example(device, case.dtype, tokens=load.batch, **case.call)
+    q_nope, q_pe, _, _, _, _, scale, causal, *_ = op.example(device, case.dtype, tokens=load.batch, **case.call)
     page_size, latent = case.point.get("page_size", 64), case.call["kv_lora_rank"]
     pages = -(-load.keys // page_size)
     cache = (
@@ -112,6 +112,7 @@ def arguments(
         scale,
         causal,
         splits,
+        None,
     )
 
 

@@ -33,6 +33,7 @@ PLATFORM = Platform(
             "float64": Gate("reference", "the kernels compute in float32, which is less than float64 promises"),
             "*": Gate("reference", "no kernel takes this dtype"),
         },
+        "mla_schedule": {"int32": Gate("native", "whole numbers")},
     },
     tiles=(
         _tile("rms_norm"),
@@ -46,6 +47,7 @@ PLATFORM = Platform(
         _tile("mla_sparse", block_h=16, block_n=16, block_c=256),
         _tile("mla_decode_fp8", block_h=16, block_n=16, hardware=0),
         _tile("mla_sparse_fp8", block_h=16, block_n=16, hardware=0),
+        _tile("mla_schedule"),
         _tile("mla_combine"),
         _tile("mla_prefill", block_m=16, block_n=16),
     ),

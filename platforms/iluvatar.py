@@ -57,6 +57,7 @@ PLATFORM = Platform(
             ),
             "*": Gate("reference", "no kernel takes this dtype"),
         },
+        "mla_schedule": {"int32": Gate("native", "whole numbers")},
         "mla_decode": {"float32": _WRONG_DOT},
         "mla_decode_fp8": {"float32": _WRONG_DOT},
         "mla_prefill": {"float32": _WRONG_DOT},
@@ -72,6 +73,7 @@ PLATFORM = Platform(
         _tile("latent_append_fp8", 4),
         _tile("latent_quantize", 4),
         _tile("latent_dequantize", 4),
+        _tile("mla_schedule", 4),
         _tile("mla_combine", 4),
         # 32 rows and 16 keys: the queries and a tile of keys take 55 KB where a compiler puts both into shared memory
         _tile("mla_decode", 4, _HALF, when={"rows": (17, None)}, block_h=32, block_n=16, block_c=512),

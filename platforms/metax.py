@@ -62,6 +62,7 @@ PLATFORM = Platform(
             "float64": Gate("reference", "no float64 products in kernels on this platform"),
             "*": Gate("reference", "no kernel takes this dtype"),
         },
+        "mla_schedule": {"int32": Gate("native", "whole numbers")},
     },
     tiles=(
         _tile("rms_norm", 4, when={"width": (1, 4096)}),
@@ -72,6 +73,7 @@ PLATFORM = Platform(
         _tile("latent_append_fp8", 4),
         _tile("latent_quantize", 4),
         _tile("latent_dequantize", 4),
+        _tile("mla_schedule", 4),
         _tile("mla_combine", 4),
         # Products of 16 rows or keys: refused until they were tried on the board (least_product above).
         # 32 rows and 16 keys: the queries and a tile of keys take 55 KB where a compiler puts both into shared memory

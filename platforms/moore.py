@@ -75,6 +75,7 @@ PLATFORM = Platform(
             "float64": Gate("reference", "no float64 arithmetic inside kernels on this platform"),
             "*": Gate("reference", "no kernel takes this dtype"),
         },
+        "mla_schedule": {"int32": Gate("native", "whole numbers")},
     },
     extra_import="torch_musa",  # torch >= 2.5 loads it by itself, through its entry point
     tiles=(
@@ -87,6 +88,7 @@ PLATFORM = Platform(
         _tile("latent_append_fp8", 4),
         _tile("latent_quantize", 4),
         _tile("latent_dequantize", 4),
+        _tile("mla_schedule", 4),
         _tile("mla_combine", 4),
         _tile("mla_decode", 8, _HALF, ("MTT S5000",), {"rows": (17, None)}, block_h=32, block_n=32, block_c=512),
         # 32 rows and 16 keys: the queries and a tile of keys take 55 KB where a compiler puts both into shared memory

@@ -208,6 +208,7 @@ PLATFORM = Platform(
             "float64": Gate("reference", "the kernels compute in float32, which is less than float64 promises"),
             "*": Gate("reference", "no kernel takes this dtype"),
         },
+        "mla_schedule": {"int32": Gate("native", "whole numbers")},
     },
     direct_launch=Fact(1, "triton-lang/triton:python/triton/compiler/compiler.py CompiledKernel.__getitem__"),
     tiles=(
@@ -220,6 +221,7 @@ PLATFORM = Platform(
         Tile("latent_append_fp8", {}, 4, 1, _COMPILED),
         Tile("latent_quantize", {}, 4, 1, _COMPILED),
         Tile("latent_dequantize", {}, 4, 1, _COMPILED),
+        Tile("mla_schedule", {}, 4, 1, _COMPILED),
         Tile("mla_combine", {}, 4, 1, _COMPILED),
         *_DECODE,
         *_DECODE_FP8,

@@ -31,6 +31,7 @@ from ntops_mla.platform import all_platforms
 
 IMPLEMENTATIONS = (
     ways.OURS,
+    ways.SCHEDULED,
     "queries apart",
     "unfused",
     "torch",

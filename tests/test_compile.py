@@ -180,7 +180,7 @@ for batch, pages, width in itertools.product((1, 16, 33), (1, 48, 1000), (1, 32)
             cache[..., :512], cache[..., 512:],
             torch.empty(batch, width, dtype=torch.int32, device="meta"),
             torch.empty(batch, dtype=torch.int32, device="meta"),
-            0.1, True, None,
+            0.1, True, None, None,
         )
     launches += [launch for launch in caught if launch[0].name == "mla_decode"]
 variants = set()

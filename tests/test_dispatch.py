@@ -40,6 +40,7 @@ GATES = {
     },
     # An op with a row of its own, which lacks most dtypes: "*" serves those.
     "picky": {"bfloat16": Gate("reference", "a toy rounds bfloat16 wrongly in this op")},
+    "mla_schedule": {"int32": Gate("native", "a toy can count")},
 }
 
 

@@ -70,7 +70,7 @@ def test_the_data_is_what_the_file_says():
         "| names on the command line | metax, muxi |",
         "| version attributes | maca |",
         "InternLM/lmdeploy#3495",
-        "| all | float64 | reference | no float64 products in kernels on this platform |",
+        "| all others | float64 | reference | no float64 products in kernels on this platform |",
         "| `mla_decode` | bfloat16, float16; rows from 17 | block_h 32, block_n 16, block_c 512 | 4 | 1 |",
         "- kernels that spin while they wait (",
         "| scenario | mla | launch |",

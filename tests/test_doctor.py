@@ -25,7 +25,9 @@ def test_a_cpu_has_no_kernels_to_try(capsys, tmp_path):
     assert main(["doctor", "--platform", "cpu", "--json", str(report), "--gates", str(gates)]) == 0
     said = capsys.readouterr().out
     data = json.loads(report.read_text())
-    assert len(data["kernels"]) == 3 * len(ops.names()) and {row["works"] for row in data["kernels"]} == {None}
+    assert len(data["kernels"]) == sum(len(ops.get(name).dtypes) for name in ops.names()) and {
+        row["works"] for row in data["kernels"]
+    } == {None}
     assert said.count("PyTorch is the implementation") == len(data["kernels"])
     assert set(findings.read(gates).kernels) == {(row["op"], row["dtype"]) for row in data["kernels"]}
 
@@ -52,8 +54,7 @@ def test_bad_arguments_are_named(capsys, arguments, words):
     assert caught.value.code == 2 and words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("dtype", doctor.DTYPES, ids=str)
-@pytest.mark.parametrize("name", ops.names())
+@pytest.mark.parametrize("name, dtype", [(n, d) for n in ops.names() for d in ops.get(n).dtypes], ids=str)
 def test_the_references_own_results_pass_and_wrong_ones_do_not(name, dtype):
     """So the comparison neither asks too much of a kernel nor takes anything; one part in fifty is too much."""
     for _, on_cpu in doctor.small_calls(name, dtype):
@@ -62,7 +63,7 @@ def test_the_references_own_results_pass_and_wrong_ones_do_not(name, dtype):
         doctor.compare(name, on_cpu, args, result)
         changed = cache_of(name, args) if name in WRITING else result[0] if isinstance(result, tuple) else result
         changed = _fp8.views(changed)[1] if changed.dtype == torch.uint8 else changed
-        changed.mul_(1.02)
+        changed.mul_(1.02) if changed.is_floating_point() else changed[1, 1].add_(1)
         with pytest.raises(AssertionError):
             doctor.compare(name, on_cpu, args, result)
 
@@ -77,6 +78,7 @@ def test_float32_is_not_compared_as_bfloat16_is():
 def test_small_calls_launch_every_kernel_of_decode():
     sizes = doctor._CALLS["mla_decode"]
     assert any(call.get("num_splits", 1) > 1 for call in sizes), "mla_combine"
+    assert any(call.get("scheduled") for call in sizes)
     assert any(call.get("s_q", 1) > 1 for call in sizes)
     assert {call.get("page_size", 64) for call in sizes} >= {16, 32, 64}
     assert any(call.get("keys", 0) > 64 for call in sizes), "more than a tile of keys"

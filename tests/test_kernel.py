@@ -105,7 +105,7 @@ board = Board(platform, platform.limits_for((9, 0)), None, 132)
 op = ops.get("mla_decode")
 for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.bfloat16):
     args = op.example("cpu", dtype, tokens=2, heads=16)
-    op.spec.kernel(board, *args[:-1], 4)
+    op.spec.kernel(board, *args[:-2], 4, None)
     op.spec.kernel(board, *args)
 for dtype in (torch.bfloat16, torch.float16, torch.float32):
     assert ("mla_decode", dtype, torch.float32) in prepared and ("mla_decode", dtype, dtype) in prepared, prepared

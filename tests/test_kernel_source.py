@@ -257,6 +257,7 @@ KERNELS = {
         {"block_h": 16, "block_n": 16, "block_c": 256, "latent": 256, "rope": 32},
         {"block_h": 16, "block_n": 16, "block_c": 256},
     ],
+    "mla_schedule": [{}],
     "mla_combine": [{}, {"latent": 256}],
     "mla_prefill": [
         {"block_m": 128, "block_n": 64},
@@ -278,6 +279,7 @@ LARGE = {
     "mla_sparse_fp8": {"q_nope", "q_pe", "codes", "scales", "pe", "out"},
     "mla_decode_fp8": {"q_nope", "q_pe", "codes", "scales", "pe", "out"},
     "mla_sparse": {"q_nope", "q_pe", "kv_cache", "pe_cache", "out"},
+    "mla_schedule": set(),
     "mla_combine": {"part", "out"},
     "mla_prefill": {"q_lo", "q_hi", "k_lo", "k_hi", "v", "out"},
 }

@@ -431,7 +431,9 @@ def test_unequal_lengths_as_a_row_per_token(monkeypatch, dtype):
     monkeypatch.setattr(plan, "_goes_by_row", lambda *args: True)
     calls = []
     decode = ops.mla_decode
-    monkeypatch.setattr(ops, "mla_decode", lambda *args: calls.append(args[0].shape[:2]) or decode(*args))
+    monkeypatch.setattr(
+        ops, "mla_decode", lambda *args, **kwargs: calls.append(args[0].shape[:2]) or decode(*args, **kwargs)
+    )
     allowed = 1e-5 if dtype == F32 else 0.05
     assert_same(run_filled(mla, histories, xs, "absorbed"), true, allowed)
     assert calls == [(38, 1)]

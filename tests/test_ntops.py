@@ -269,7 +269,8 @@ def test_kernels_are_modules_with_premake(run):
             arguments = {parameter: sizes.get(parameter, 64) for parameter in needed}
             arrangement, application, tensors = module.premake(**arguments, dtype=ninetoothed.float16)
             assert callable(arrangement) and application is module.application
-            assert ninetoothed.float16 in {tensor.dtype for tensor in tensors}, name
+            # A schedule is whole numbers, whatever it is for.
+            assert ninetoothed.float16 in {tensor.dtype for tensor in tensors} or name == "mla_schedule", name
     """)
 
 

@@ -9,6 +9,8 @@ import signal
 import sys
 from typing import Any
 
+import torch
+
 from ntops_mla import child, doctor, findings, ops
 from ntops_mla import platform as platforms
 from ntops_mla.cli import arguments
@@ -30,10 +32,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--timeout", type=_seconds, default=doctor.TIMEOUT, help="seconds a kernel may take (default: %(default)g)"
     )
     parser.add_argument("--op", choices=ops.names(), help="this op's kernel alone")
-    parser.add_argument("--dtype", type=arguments.dtype, help="in this dtype alone")
+    parser.add_argument("--dtype", type=_dtype, help="in this dtype alone; what has none is tried all the same")
     # What a child is called with
     parser.add_argument("--child", choices=("sum", *ops.names()), help=argparse.SUPPRESS)
     parser.add_argument("--device", type=arguments.device, help=argparse.SUPPRESS)
+
+
+def _dtype(text: str) -> torch.dtype:
+    """A floating-point one; a child may be asked for an op of whole numbers."""
+    return torch.int32 if text == "int32" else arguments.dtype(text)
 
 
 def _seconds(text: str) -> float:
@@ -55,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     arguments.check_files(args, "json", "gates")
     if args.preflight and args.gates:
         raise ValueError("argument --gates: not with --preflight, which tries no kernel")
-    if args.dtype not in (None, *doctor.DTYPES):
+    if args.dtype not in (None, *doctor.DTYPES, *(ops.get(args.op).dtypes if args.op else ())):
         raise ValueError(f"argument --dtype: no kernel takes {args.dtype}")
     try:
         detection = chosen_device(args.platform)

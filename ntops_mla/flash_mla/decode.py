@@ -89,10 +89,12 @@ def flash_mla_with_kvcache(
         None if extra is None else extra_indices_in_kvcache.shape[2],
     )
     metadata.check(op, tile_scheduler_metadata, num_splits, config)
-    latent = head_dim_v
+    latent, made = head_dim_v, (None, None)
     with torch.no_grad():
         if indices is None:
-            out, lse = _dense(op, q, cache, latent, block_table, cache_seqlens, scale, config)
+            rows, keys = config.s_q * config.h_q, block_table.shape[1] * config.page_block_size
+            made = metadata.schedule(tile_scheduler_metadata, cache_seqlens, rows, keys)
+            out, lse = _dense(op, q, cache, latent, block_table, cache_seqlens, scale, config, made[0])
         else:
             out, lse = _sparse(op, q, cache, latent, ("indices", indices), topk_length, scale, config)
             if extra is not None:
@@ -103,18 +105,19 @@ def flash_mla_with_kvcache(
             out, lse = with_sink(out, lse, attn_sink).to(q.dtype), lse.transpose(1, 2)
         lse = infinite(lse)
     # Only what has run counts as used: a failed call leaves its metadata as it was.
-    tile_scheduler_metadata.config = config
-    tile_scheduler_metadata.have_initialized = True
+    metadata.keep(tile_scheduler_metadata, config, made)
     return out, lse
 
 
-def _dense(op, q, cache, latent, block_table, cache_seqlens, scale, config):
+def _dense(op, q, cache, latent, block_table, cache_seqlens, scale, config, schedule):
     """out `[B, s_q, H, C]`, lse `[B, H, s_q]`."""
     run, caches = (ops.mla_decode_fp8, (cache,)) if config.is_fp8_kvcache else (ops.mla_decode, _halves(cache, latent))
     try:
-        return run(*_halves(q, latent), *caches, block_table, cache_seqlens, scale, config.causal)
+        requests = block_table, cache_seqlens, scale, config.causal
+        return run(*_halves(q, latent), *caches, *requests, schedule=schedule)
     except ValueError as error:
-        raise _arguments.renamed(error, run.__name__, op, {"seq_lens": "cache_seqlens"}) from error
+        names = {"seq_lens": "cache_seqlens", "schedule ": "tile_scheduler_metadata "}
+        raise _arguments.renamed(error, run.__name__, op, names) from error
 
 
 def _sparse(op, q, cache, latent, indices, topk_length, scale, config):

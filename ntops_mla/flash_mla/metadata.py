@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 
 import torch
 
+from ntops_mla.devices import capturing
 from ntops_mla.flash_mla import _arguments
 from ntops_mla.ops import _check
+from ntops_mla.ops.mla_schedule import decode_schedule
 
 
 @dataclasses.dataclass
 class FlashMLASchedMeta:
-    """What `get_mla_metadata` returns and callers pass along; the split of the work itself is the op's.
+    """What `get_mla_metadata` returns and callers pass along: how the keys of ragged requests are shared out.
 
-    The op reads the lengths anew in every call, so that nothing here grows stale when they change: it only remembers
-    what it was made or first used for, and a call of other sizes is refused, as FlashMLA refuses it.
+    The first dense call makes the schedule, on the device, and the calls of other layers use it; a call with another
+    tensor of lengths, or with one that was written to since, makes it anew. A call of other sizes is refused, as
+    FlashMLA refuses it.
     """
 
     @dataclasses.dataclass
@@ -35,15 +39,39 @@ class FlashMLASchedMeta:
 
     have_initialized: bool = False
     config: Config | None = None
-    # FlashMLA keeps its plan here; there is none to keep.
+    # mla_schedule's int32 `[n, 4]`, and of it the int32 `[B + 1]` that says where each request's splits begin; None
+    # where nothing was scheduled: sparse attention, one request, short ones, PyTorch in the place of a kernel.
     tile_scheduler_metadata: torch.Tensor | None = None
     num_splits: torch.Tensor | None = None
+    # What the schedule was made of.
+    _mark: tuple | None = dataclasses.field(default=None, repr=False)
     # What the old form of get_mla_metadata was told; None: nothing.
     _batch: int | None = dataclasses.field(default=None, repr=False)
     _rows_per_head_k: int | None = dataclasses.field(default=None, repr=False)
     _heads_q: int | None = dataclasses.field(default=None, repr=False)
     _fp8: bool = dataclasses.field(default=False, repr=False)
     _topk: int | None = dataclasses.field(default=None, repr=False)
+
+
+def schedule(meta: FlashMLASchedMeta, seq_lens: torch.Tensor, rows: int, keys: int) -> tuple:
+    """(schedule or None, what it was made of) for lengths `[B]`, of s_q H = `rows` rows and at most `keys` keys."""
+    if torch.compiler.is_compiling():  # a traced call has no identity
+        return decode_schedule(seq_lens, rows, keys), None
+    # Lengths of inference mode count no writes; a graph's schedule exists only while it is replayed.
+    version = None if seq_lens.is_inference() else seq_lens._version
+    mark = weakref.ref(seq_lens), (version, rows, keys, capturing(seq_lens.device))
+    if meta._mark is not None and meta._mark[0]() is seq_lens and meta._mark[1] == mark[1]:
+        return meta.tile_scheduler_metadata, meta._mark
+    return decode_schedule(seq_lens, rows, keys), mark
+
+
+def keep(meta: FlashMLASchedMeta, config: FlashMLASchedMeta.Config, made: tuple) -> None:
+    """A call of these sizes has run, with what `schedule` gave."""
+    meta.config, meta.have_initialized = config, True
+    schedule, mark = made
+    if mark is not None and mark is not meta._mark:
+        meta.tile_scheduler_metadata, meta._mark = schedule, mark
+        meta.num_splits = None if schedule is None else schedule[: config.b + 1, 3]
 
 
 # The arguments that decide what a FlashMLASchedMeta serves, by the names of Config.

@@ -242,10 +242,12 @@ class MLA(nn.Module):
         q_latent = torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)
         queries = q_latent.unflatten(0, (-1, group.s_q)), q_pe.unflatten(0, (-1, group.s_q))
         requests = group.block_table, group.seq_lens, self.cfg.softmax_scale
+        schedule = group.schedule(self.cfg.num_heads, cache.page_size)
         if cache.kv_format is None:
-            out, _ = ops.mla_decode(*queries, cache.kv_cache[layer], cache.pe_cache[layer], *requests)
+            halves = cache.kv_cache[layer], cache.pe_cache[layer]
+            out, _ = ops.mla_decode(*queries, *halves, *requests, schedule=schedule)
         else:
-            out, _ = ops.mla_decode_fp8(*queries, cache.storage[layer], *requests)
+            out, _ = ops.mla_decode_fp8(*queries, cache.storage[layer], *requests, schedule=schedule)
         # [H, B * s_q, C] x [H, C, Dv]
         values = out.flatten(0, 1).transpose(0, 1)
         if values.device.type == "cpu" or torch.compiler.is_compiling():

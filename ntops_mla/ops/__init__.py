@@ -8,6 +8,7 @@ from ntops_mla.ops.latent_quantize import latent_quantize
 from ntops_mla.ops.mla_decode import mla_decode
 from ntops_mla.ops.mla_decode_fp8 import mla_decode_fp8
 from ntops_mla.ops.mla_prefill import mla_prefill
+from ntops_mla.ops.mla_schedule import mla_schedule
 from ntops_mla.ops.mla_sparse import mla_sparse
 from ntops_mla.ops.mla_sparse_fp8 import mla_sparse_fp8
 from ntops_mla.ops.rms_norm import rms_norm
@@ -22,6 +23,7 @@ __all__ = [
     "mla_decode",
     "mla_decode_fp8",
     "mla_prefill",
+    "mla_schedule",
     "mla_sparse",
     "mla_sparse_fp8",
     "names",

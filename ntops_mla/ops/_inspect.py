@@ -27,6 +27,25 @@ def table(op: str, block_table: torch.Tensor, seq_lens: torch.Tensor, pages: int
         )
 
 
+def schedule(op: str, value: torch.Tensor | None, seq_lens: torch.Tensor) -> None:
+    """A schedule, where there is one, is mla_schedule's of these lengths."""
+    if value is None:
+        return
+    batch = seq_lens.shape[0]
+    fair = torch.ops.ntops_mla.mla_schedule(seq_lens, 1, value.shape[0] - batch)
+    # How many splits each request has, then where they lie.
+    splits, fair_splits = (s[: batch + 1, 3].diff() for s in (value, fair))
+    request, row = _first(splits != fair_splits), _first(value != fair)
+    if request is not None:
+        place = request[0]
+        said = f"request {place} has {int(splits[place])} splits in it, and {int(fair_splits[place])} by its length"
+    elif row is not None:
+        said = f"row {row[0]}, column {row[1]} is {int(value[row])}, and {int(fair[row])} by the lengths"
+    else:
+        return
+    raise ValueError(f"{op}: schedule must be made of these seq_lens, and was made of others: {said}")
+
+
 def indices(op: str, name: str, value: torch.Tensor, slots: int, counts: torch.Tensor | None = None) -> None:
     """Indices `[B, s_q, topk]` are -1 or slots of the cache, the first `counts` `[B, s_q]` of them."""
     wrong = (value < -1) | (value >= slots)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,13 +18,15 @@ _OPS: dict[str, Op] = {}
 
 # Element types an op takes; float64 runs the reference everywhere and is there for checks.
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# Those that its kernel is tried in, unless it says otherwise.
+_KERNEL_DTYPES = FLOATS[:3]
 
 
 class Op:
     """One registered op: what `python -m ntops_mla ops | explain` and the tests ask.
 
     check(*args) raises for bad arguments; key, supports, kernel, tiles, look: see `dispatch.OpSpec`; example(device,
-    dtype, **sizes) makes valid arguments.
+    dtype, **sizes) makes valid arguments. dtypes: the element types that its kernel is tried in.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Op:
         through_float32: Callable[..., Any] | None = None,
         tiles: Callable[..., list] | None = None,
         look: Callable[..., None] | None = None,
+        dtypes: tuple[torch.dtype, ...] = _KERNEL_DTYPES,
     ) -> None:
         self.name = function.__name__
         self.function = function
@@ -49,6 +52,7 @@ class Op:
         self.signature = f"{self.name}{schema}"
         self.doc = inspect.getdoc(function).splitlines()[0]
         self.example = example
+        self.dtypes = dtypes
         self._check = check
         self._signature = inspect.signature(function)
         self.spec = dispatch.OpSpec(self.name, key, reference, supports, kernel, through_float32, tiles, look)
@@ -69,6 +73,10 @@ class Op:
         _LIBRARY.define(f"{self.name}{schema}")
         _LIBRARY.impl(self.name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"ntops_mla::{self.name}", run_fake, lib=_LIBRARY)
+
+    def tried_in(self, dtypes: Iterable[torch.dtype]) -> tuple[torch.dtype, ...]:
+        """Of `dtypes` those that its kernel is tried in; its own, where it knows none of them."""
+        return tuple(dtype for dtype in dtypes if dtype in self.dtypes) or self.dtypes
 
     def check(self, *args: Any, **kwargs: Any) -> None:
         """Raise for arguments that the op does not take."""

@@ -8,6 +8,7 @@ import torch
 
 from ntops_mla.board import Board, Needed
 from ntops_mla.kernel import Kernel
+from ntops_mla.ops import _check
 from ntops_mla.platform import Tile
 
 # Keys that a split has at least, unless the caller says how many splits there are: fewer cost more in the second launch
@@ -77,21 +78,46 @@ def refuse_far_slots(**caches: torch.Tensor) -> None:
             )
 
 
-def parts(out: torch.Tensor, splits: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Room for the splits' results, where there are several: `[B, splits, s_q * H, C]`, `[B, splits, s_q, H]`."""
-    if splits == 1:
-        return None, None
+def parts(
+    out: torch.Tensor, splits: int, schedule: torch.Tensor | None = None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Room for the splits' results, where there are several: `[B, splits, s_q * H, C]`, `[B, splits, s_q, H]`; those of
+    a schedule: `[1, n, s_q * H, C]`, `[1, n, s_q, H]`."""
     batch, s_q, heads, latent = out.shape
+    if schedule is not None:
+        batch, splits = 1, schedule.shape[0]
+    elif splits == 1:
+        return None, None
     part = torch.empty(batch, splits, s_q * heads, latent, dtype=torch.float32, device=out.device)
     return part, torch.empty(batch, splits, s_q, heads, dtype=torch.float32, device=out.device)
 
 
-def launch(made: Made, inputs: tuple, key: tuple, seq_lens, least: int, splits: int, out, lse, part, part_lse) -> None:
-    """`made.attend(*inputs, out, lse)`, and with several splits `made.combine` of them."""
+def check_schedule(op: str, q_nope: torch.Tensor, num_splits: int | None, schedule: object) -> None:
+    """schedule is None, or goes with the requests of q_nope."""
+    if schedule is None:
+        return
+    _check.tensor(op, "schedule", schedule, "[n, 4]", 2)
+    _check.dtype(op, "schedule", schedule, (torch.int32,))
+    _check.size(op, "schedule", schedule, 1, 4, "[n, 4]")
+    if schedule.shape[0] <= q_nope.shape[0]:
+        raise ValueError(
+            f"{op}: schedule must be one for {q_nope.shape[0]} requests, with more rows than that, got shape "
+            f"{list(schedule.shape)}"
+        )
+    _check.same_device(op, "q_nope", q_nope, ("schedule", schedule))
+    if num_splits is not None:
+        raise ValueError(f"{op}: num_splits must be None with a schedule, got {num_splits}")
+
+
+def launch(
+    made: Made, inputs: tuple, key: tuple, seq_lens, schedule, least: int, planned: bool, out, lse, part, part_lse
+) -> None:
+    """`made.attend(*inputs, out, lse)`, or of parts and `made.combine` of them. schedule: where `planned` is False, any
+    int32 `[., .]`, which nobody looks at."""
     # [B, s_q, H]
     lse_rows = lse.transpose(1, 2)
-    if splits == 1:
+    if part is None:
         made.attend(*inputs, out.flatten(1, 2)[:, None], lse_rows[:, None], key=key)
         return
     made.attend(*inputs, part, part_lse, key=key)
-    made.combine(part, part_lse, seq_lens, least, made.block_n, out, lse_rows, key=key)
+    made.combine(part, part_lse, seq_lens, schedule, least, planned, made.block_n, out, lse_rows, key=key)

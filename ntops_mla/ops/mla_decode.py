@@ -12,8 +12,9 @@ from ntops_mla.ops import _check, _inspect, _split
 from ntops_mla.ops._attention import side_by_side
 from ntops_mla.ops._op import register
 from ntops_mla.ops._paged import Paged, attend_paged
-from ntops_mla.ops._split import Made, make, needed, parts, plan, refuse_far_slots
+from ntops_mla.ops._split import Made, check_schedule, make, needed, parts, plan, refuse_far_slots
 from ntops_mla.ops.latent_append import LATENT_SIZES
+from ntops_mla.ops.mla_schedule import mla_schedule
 from ntops_mla.platform import Platform, Tile
 
 _PAGE_SIZES = (16, 32, 64, 128)
@@ -29,6 +30,7 @@ def mla_decode(
     softmax_scale: float,
     causal: bool = True,
     num_splits: int | None = None,
+    schedule: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend over each request's cached latents, which are key and value at once, all heads sharing them.
 
@@ -38,24 +40,26 @@ def mla_decode(
     C]`, pe_cache: `[pages, page_size, R]`, of any strides. block_table: int32 `[B, max_pages]`; entries past a
     request's pages and slots past its length are never read. seq_lens: int32 `[B]`, with the new tokens. Row i of s_q
     sees the first seq_len - s_q + 1 + i keys (causal), or all seq_len. num_splits: parts a request's keys are cut into,
-    None: chosen.
+    None: chosen. schedule: what mla_schedule made of seq_lens, None: each request is cut into as many parts; it decides
+    how the work is shared, not what comes out.
 
     Returns out `[B, s_q, H, C]` of q's dtype (bfloat16, float16, float32; float64 by PyTorch) and lse float32 `[B, H,
     s_q]`, natural logarithm. A row that sees no key: out 0, lse -inf. Raises TypeError or ValueError that names the
     argument. Source: arXiv 2405.04434, section 2.1.2 and appendix C; deepseek-ai/FlashMLA flash_mla_with_kvcache.
     """
     return torch.ops.ntops_mla.mla_decode(
-        q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, causal, num_splits
+        q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, causal, num_splits, schedule
     )
 
 
-def _check_args(q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, causal, num_splits):
+def _check_args(q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, causal, num_splits, schedule):
     op = "mla_decode"
     check_queries(op, q_nope, q_pe)
     check_caches(op, q_nope, q_pe, kv_cache, pe_cache)
     check_requests(op, q_nope, block_table, seq_lens)
     check_numbers(op, softmax_scale, num_splits)
     _check.flag(op, "causal", causal)
+    check_schedule(op, q_nope, num_splits, schedule)
 
 
 def check_queries(op: str, q_nope: object, q_pe: object) -> None:
@@ -113,17 +117,18 @@ def check_numbers(op: str, softmax_scale: object, num_splits: object) -> None:
         raise ValueError(f"{op}: num_splits must be None or at least 1, got {num_splits}")
 
 
-def _look(q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, causal, num_splits):
+def _look(q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, causal, num_splits, schedule):
     _inspect.table("mla_decode", block_table, seq_lens, *kv_cache.shape[:2])
+    _inspect.schedule("mla_decode", schedule, seq_lens)
 
 
-def _reference(q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, causal, num_splits):
+def _reference(q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, causal, num_splits, schedule):
     gather = side_by_side(kv_cache, pe_cache, lambda cache, pages: cache.index_select(0, pages))
     paged = Paged("mla_decode", gather, *kv_cache.shape[:2])
     return attend_paged(paged, q_nope, q_pe, block_table, seq_lens, softmax_scale, causal)
 
 
-def _fake(q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, causal, num_splits):
+def _fake(q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, causal, num_splits, schedule):
     return results(q_nope)
 
 
@@ -134,7 +139,7 @@ def results(q_nope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return out, torch.empty(batch, heads, s_q, dtype=torch.float32, device=q_nope.device)
 
 
-def _key(q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, causal, num_splits):
+def _key(q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, causal, num_splits, schedule):
     _, s_q, heads, latent = q_nope.shape
     return (q_nope.dtype,), (latent, q_pe.shape[3], heads, s_q, kv_cache.shape[1], causal)
 
@@ -182,7 +187,9 @@ def made_of(board: Board, tile: Tile, dtype: torch.dtype, latent: int, rope: int
     return make(board, "mla_decode", tile, dtype, latent, block_n=block_n, block_c=block_c, **sizes)
 
 
-def _kernel(board: Board, q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, causal, num_splits):
+def _kernel(
+    board: Board, q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, causal, num_splits, schedule
+):
     batch, s_q, heads, latent = q_nope.shape
     page_size, rows = kv_cache.shape[1], s_q * heads
     out, lse = results(q_nope)
@@ -193,23 +200,26 @@ def _kernel(board: Board, q_nope, q_pe, kv_cache, pe_cache, block_table, seq_len
     causal = causal and s_q > 1
     made = _made(board, q_nope.dtype, latent, q_pe.shape[3], page_size, rows, causal)
     splits, least = plan(board, made, batch, rows, block_table.shape[1] * page_size, num_splits)
-    inputs = (q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, least)
-    launch(made, inputs, causal, splits, out, lse, *parts(out, splits))
+    given = block_table if schedule is None else schedule
+    inputs = (q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, given, softmax_scale, least)
+    launch(made, inputs, causal, schedule is not None, out, lse, *parts(out, splits, schedule))
     return out, lse
 
 
-def launch(made: Made, inputs: tuple, causal: bool, splits: int, out, lse, part, part_lse) -> None:
-    """Both launches, into buffers that are there; part: `[B, splits, s_q * H, C]`, part_lse: `[B, splits, s_q, H]`."""
-    q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, least = inputs
+def launch(made: Made, inputs: tuple, causal: bool, planned: bool, out, lse, part, part_lse) -> None:
+    """Both launches, into buffers that are there, as `_split.parts` makes them."""
+    q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, schedule, softmax_scale, least = inputs
     # All that the launches depend on: to read a shape or a stride costs 0.15 us, and outputs are contiguous.
     key = (
         q_nope.dtype, made.block_n, q_nope.shape, q_nope.stride(), q_pe.stride(), kv_cache.shape, kv_cache.stride(),
         pe_cache.stride(),
-        block_table.shape, block_table.stride(), seq_lens.stride(), softmax_scale, least, causal, splits,
+        block_table.shape, block_table.stride(), seq_lens.stride(), softmax_scale, least, causal, planned,
+        None if part is None else part.shape, schedule.stride() if planned else None,
         q_nope.data_ptr() & 15, q_pe.data_ptr() & 15, kv_cache.data_ptr() & 15, pe_cache.data_ptr() & 15,
-        block_table.data_ptr() & 15, seq_lens.data_ptr() & 15,
+        block_table.data_ptr() & 15, seq_lens.data_ptr() & 15, schedule.data_ptr() & 15,
     )  # fmt: skip
-    _split.launch(made, (*inputs, causal, made.block_n), key, seq_lens, least, splits, out, lse, part, part_lse)
+    inputs = (*inputs, causal, planned, made.block_n)
+    _split.launch(made, inputs, key, seq_lens, schedule, least, planned, out, lse, part, part_lse)
 
 
 def _example(
@@ -224,6 +234,7 @@ def _example(
     s_q=1,
     keys=None,
     num_splits=None,
+    scheduled=False,
     **_,
 ):
     """`keys`: those of the first request, each next one has one less; None: 1, 2, 3, ..."""
@@ -239,6 +250,7 @@ def _example(
         (kv_lora_rank + rope) ** -0.5,
         True,
         num_splits,
+        mla_schedule.reference(lengths, s_q * heads, 2 * tokens) if scheduled else None,
     )
 
 
@@ -254,7 +266,7 @@ mla_decode = register(
     mla_decode,
     schema=(
         "(Tensor q_nope, Tensor q_pe, Tensor kv_cache, Tensor pe_cache, Tensor block_table, Tensor seq_lens, "
-        "float softmax_scale, bool causal=True, int? num_splits=None) -> (Tensor, Tensor)"
+        "float softmax_scale, bool causal=True, int? num_splits=None, Tensor? schedule=None) -> (Tensor, Tensor)"
     ),
     check=_check_args,
     look=_look,

@@ -12,7 +12,7 @@ from ntops_mla.ops import _check, _inspect
 from ntops_mla.ops._fp8 import GROUPS, LATENT, ROPE, TOKEN_BYTES, dequantize, quantize_into
 from ntops_mla.ops._op import register
 from ntops_mla.ops._paged import Paged, attend_paged
-from ntops_mla.ops._split import Made, launch, make, needed, parts, plan
+from ntops_mla.ops._split import Made, check_schedule, launch, make, needed, parts, plan
 from ntops_mla.ops.mla_decode import (
     check_numbers,
     check_queries,
@@ -21,6 +21,7 @@ from ntops_mla.ops.mla_decode import (
     results,
     unsupported_pages,
 )
+from ntops_mla.ops.mla_schedule import mla_schedule
 from ntops_mla.platform import Platform, Tile
 
 _SHAPE = f"[pages, page_size, {TOKEN_BYTES}]"
@@ -35,6 +36,7 @@ def mla_decode_fp8(
     softmax_scale: float,
     causal: bool = True,
     num_splits: int | None = None,
+    schedule: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend as mla_decode does, over latents of one byte a column, which are dequantised where they are read.
 
@@ -46,14 +48,15 @@ def mla_decode_fp8(
     page's tokens are adjacent, its pages may be further apart. block_table: int32 `[B, max_pages]`; entries past a
     request's pages and slots past its length are never read. seq_lens: int32 `[B]`, with the new tokens. Row i of s_q
     sees the first seq_len - s_q + 1 + i keys (causal), or all seq_len. num_splits: parts a request's keys are cut into,
-    None: chosen.
+    None: chosen. schedule: what mla_schedule made of seq_lens, None: each request is cut into as many parts; it decides
+    how the work is shared, not what comes out.
 
     Returns out `[B, s_q, H, 512]` of q's dtype (bfloat16, float16, float32; float64 by PyTorch) and lse float32 `[B, H,
     s_q]`, natural logarithm. A row that sees no key: out 0, lse -inf. Raises TypeError or ValueError that names the
     argument. Source: deepseek-ai/FlashMLA flash_mla_with_kvcache(is_fp8_kvcache=True), README.md and tests/quant.py.
     """
     return torch.ops.ntops_mla.mla_decode_fp8(
-        q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal, num_splits
+        q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal, num_splits, schedule
     )
 
 
@@ -88,20 +91,22 @@ def check_bytes(op: str, name: str, cache: torch.Tensor) -> None:
         )
 
 
-def _check_args(q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal, num_splits):
+def _check_args(q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal, num_splits, schedule):
     op = "mla_decode_fp8"
     check_fp8(op, q_nope, q_pe, cache)
     _check.page_size(op, "cache", cache.shape[1])
     check_requests(op, q_nope, block_table, seq_lens)
     check_numbers(op, softmax_scale, num_splits)
     _check.flag(op, "causal", causal)
+    check_schedule(op, q_nope, num_splits, schedule)
 
 
-def _look(q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal, num_splits):
+def _look(q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal, num_splits, schedule):
     _inspect.table("mla_decode_fp8", block_table, seq_lens, *cache.shape[:2])
+    _inspect.schedule("mla_decode_fp8", schedule, seq_lens)
 
 
-def _reference(q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal, num_splits):
+def _reference(q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal, num_splits, schedule):
     rows = cache.view(torch.uint8)
 
     def gather(pages):
@@ -111,11 +116,11 @@ def _reference(q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal
     return attend_paged(paged, q_nope, q_pe, block_table, seq_lens, softmax_scale, causal)
 
 
-def _fake(q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal, num_splits):
+def _fake(q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal, num_splits, schedule):
     return results(q_nope)
 
 
-def _key(q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal, num_splits):
+def _key(q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal, num_splits, schedule):
     _, s_q, heads, _ = q_nope.shape
     return (q_nope.dtype,), (heads, s_q, cache.shape[1], causal)
 
@@ -153,7 +158,7 @@ def split_views(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
     return rows[..., :LATENT], scales, rows.flatten(1).view(torch.bfloat16)
 
 
-def _kernel(board: Board, q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal, num_splits):
+def _kernel(board: Board, q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal, num_splits, schedule):
     batch, s_q, heads, _ = q_nope.shape
     page_size, rows = cache.shape[1], s_q * heads
     out, lse = results(q_nope)
@@ -163,23 +168,26 @@ def _kernel(board: Board, q_nope, q_pe, cache, block_table, seq_lens, softmax_sc
     causal = causal and s_q > 1
     made = _made(board, q_nope.dtype, page_size, rows, causal)
     splits, least = plan(board, made, batch, rows, block_table.shape[1] * page_size, num_splits)
+    part, part_lse = parts(out, splits, schedule)
+    planned, given = schedule is not None, block_table if schedule is None else schedule
     # All that the launches depend on; outputs are contiguous, and the parts of the cache hang on the whole.
     key = (
         q_nope.dtype, made.block_n, q_nope.shape, q_nope.stride(), q_pe.stride(), cache.shape, cache.stride(),
-        block_table.shape, block_table.stride(), seq_lens.stride(), softmax_scale, least, causal, splits,
+        block_table.shape, block_table.stride(), seq_lens.stride(), softmax_scale, least, causal, planned,
+        None if part is None else part.shape, schedule.stride() if planned else None,
         q_nope.data_ptr() & 15, q_pe.data_ptr() & 15, cache.data_ptr() & 15, block_table.data_ptr() & 15,
-        seq_lens.data_ptr() & 15,
+        seq_lens.data_ptr() & 15, given.data_ptr() & 15,
     )  # fmt: skip
-    hardware = made.attend.parameters["hardware"]
-    inputs = (q_nope, q_pe, *split_views(cache), block_table, seq_lens, softmax_scale, least)
-    constants = (causal, made.block_n, hardware)
-    launch(made, (*inputs, *constants), key, seq_lens, least, splits, out, lse, *parts(out, splits))
+    inputs = (q_nope, q_pe, *split_views(cache), block_table, seq_lens, given, softmax_scale, least)
+    constants = (causal, planned, made.block_n, made.attend.parameters["hardware"])
+    launch(made, (*inputs, *constants), key, seq_lens, given, least, planned, out, lse, part, part_lse)
     return out, lse
 
 
 def _example(
-    device="cpu", dtype=torch.bfloat16, *, tokens=4, heads=16, page_size=64, s_q=1, keys=None, num_splits=None, **_
-):
+    device="cpu", dtype=torch.bfloat16, *, tokens=4, heads=16, page_size=64, s_q=1, keys=None, num_splits=None,
+    scheduled=False, **_
+):  # fmt: skip
     """`keys`: those of the first request, each next one has one less; None: 1, 2, 3, ..."""
     table, lengths = example_requests(tokens, page_size, keys, device)
     return (
@@ -191,6 +199,7 @@ def _example(
         (LATENT + ROPE) ** -0.5,
         True,
         num_splits,
+        mla_schedule.reference(lengths, s_q * heads, 2 * tokens) if scheduled else None,
     )
 
 
@@ -206,7 +215,7 @@ mla_decode_fp8 = register(
     mla_decode_fp8,
     schema=(
         "(Tensor q_nope, Tensor q_pe, Tensor cache, Tensor block_table, Tensor seq_lens, float softmax_scale, "
-        "bool causal=True, int? num_splits=None) -> (Tensor, Tensor)"
+        "bool causal=True, int? num_splits=None, Tensor? schedule=None) -> (Tensor, Tensor)"
     ),
     check=_check_args,
     fake=_fake,

@@ -292,10 +292,12 @@ def launch(made: Made, inputs: tuple, flat: bool, splits: int, out, lse, maxima)
         indices.data_ptr() & 15, lengths.data_ptr() & 15,
     )  # fmt: skip
     want_max = maxima is not None
-    launch_lists(made, (*inputs, flat, want_max, made.block_n), key, lengths, least, splits, out, lse, maxima)
+    launch_lists(made, (*inputs, flat, want_max, made.block_n), key, indices, lengths, least, splits, out, lse, maxima)
 
 
-def launch_lists(made: Made, inputs: tuple, key: tuple, lengths, least: int, splits: int, out, lse, maxima) -> None:
+def launch_lists(
+    made: Made, inputs: tuple, key: tuple, indices, lengths, least: int, splits: int, out, lse, maxima
+) -> None:
     """`made.attend(*inputs, out, lse, max_logits)`, and with several splits `made.combine` of them."""
     heads, latent = out.shape[2:]
     tokens, want_max = lengths.shape[0], maxima is not None
@@ -309,7 +311,9 @@ def launch_lists(made: Made, inputs: tuple, key: tuple, lengths, least: int, spl
     # A split without indices writes nothing.
     part_max = torch.full_like(part_lse, _NO_KEY) if want_max else part_lse
     made.attend(*inputs, part, part_lse, part_max, key=key)
-    made.combine(part, part_lse[:, :, None], lengths, least, made.block_n, whole, whole_lse, key=key)
+    # In the place of a schedule a list that is there: each token has as many splits.
+    parts = part, part_lse[:, :, None]
+    made.combine(*parts, lengths, indices, least, False, made.block_n, whole, whole_lse, key=key)
     if want_max:
         torch.amax(part_max, 1, out=maxima.view(tokens, heads))
 

@@ -130,7 +130,7 @@ def _kernel(board: Board, q_nope, q_pe, cache, indices, softmax_scale, topk_leng
     inputs = (q_nope, q_pe, *split_views(cache), indices, lengths, softmax_scale, least)
     constants = (flat, want_max, made.block_n, made.attend.parameters["hardware"])
     maximum = maxima if want_max else None
-    launch_lists(made, (*inputs, *constants), key, lengths, least, splits, out, lse, maximum)
+    launch_lists(made, (*inputs, *constants), key, indices, lengths, least, splits, out, lse, maximum)
     return out, lse, maxima
 
 

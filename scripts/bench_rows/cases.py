@@ -64,6 +64,12 @@ def decode_case(batch: int, s_q: int, context: int, heads: int, causal: bool, va
     return Case("decode", "-".join(words), numbers, (group,))
 
 
+def _one_long(batch: int, context: int, longest: int, heads: int) -> Case:
+    """A decode of requests alike but for the first one."""
+    case = decode_case(batch, 1, context, heads, True, False, "ragged")
+    return dataclasses.replace(case, name=f"{case.name}-one{longest}", params={**case.params, "longest": longest})
+
+
 def _decode(size: str):
     if size == "quick":
         yield decode_case(4, 1, 300, 16, True, True, "flashmla")
@@ -80,6 +86,8 @@ def _decode(size: str):
         yield decode_case(count, 1, 4 * K if device else K, heads, True, False, "batch")
     for count in (16, 32, 64, 128) if device else (4, 16, 64):
         yield decode_case(batch, 1, 4 * K if device else K, count, True, False, "heads")
+    for count in (16, 128) if device else ():
+        yield _one_long(128, K, 128 * K, count)
 
 
 def _decode_fp8(size: str):

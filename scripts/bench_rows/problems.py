@@ -95,9 +95,10 @@ class Decode(Problem):
 
 
 def _lengths(params, seed: int) -> list[int]:
-    """FlashMLA's: normal around the context with half of it as deviation, at least s_q."""
+    """FlashMLA's: normal around the context with half of it as deviation, at least s_q. `longest`: the first one's."""
     if not params["varlen"]:
-        return [params["context"]] * params["batch"]
+        lengths = [params["context"]] * params["batch"]
+        return [params.get("longest", lengths[0]), *lengths[1:]]
     drawn = random.Random(seed)
     mean = params["context"]
     return [max(int(drawn.normalvariate(mean, mean / 2)), params["s_q"]) for _ in range(params["batch"])]

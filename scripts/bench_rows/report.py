@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from bench_rows import advice, counting, plots, record
 from bench_rows.table import milliseconds, number
-from bench_rows.ways import BOTH, CALL, GRAPH, KERNEL, OURS
+from bench_rows.ways import BOTH, CALL, GRAPH, KERNEL, OURS, SCHEDULED
 from ntops_mla.config import MLAConfig
 
 MODELS = {"DeepSeek-V2-Lite": MLAConfig.deepseek_v2_lite(), "DeepSeek-R1": MLAConfig.deepseek_r1()}
@@ -294,6 +294,8 @@ def fusions(run: Run) -> str:
     for row in run.rows("decode"):
         if row["timed"] == BOTH:
             lines.append(_ratio(run, row, OURS, KERNEL, "splitting: the join of the splits"))
+        if row["implementation"] == OURS and row["timed"] == CALL:
+            lines.append(_ratio(run, row, SCHEDULED, CALL, "each request in the same number of splits"))
     lines = [line for line in lines if line is not None]
     head = ("op", "case", "apart", "together", "apart / together")
     return markdown(head, lines) if lines else ""
@@ -316,7 +318,7 @@ def peers(run: Run) -> str:
         text.append(markdown(("case", "implementation", "its time / that of ntops_mla"), lines))
     absent = {}
     for one in run.data["left_out"]:
-        if one["implementation"] != OURS:
+        if one["implementation"] not in (OURS, SCHEDULED):
             absent.setdefault((one["implementation"], one["reason"]), set()).add(one["op"])
     if absent:
         found = [(name, ", ".join(sorted(of)), reason) for (name, reason), of in absent.items()]

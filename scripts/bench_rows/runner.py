@@ -69,9 +69,10 @@ def _too_large(case: Case, device: torch.device) -> str | None:
     """Why a case does not fit into the device's free memory, by its bytes; None where it does, or nobody says."""
     if case.kind not in ("decode", "module", "parts") or device.type == "cpu":
         return None
-    tokens = (
-        case.params["batch"] * case.params["context"] if case.kind == "decode" else sum(case.params["pasts"])
-    )  # varlen: the mean
+    if case.kind == "decode":  # varlen: the mean
+        tokens = case.params["batch"] * case.params["context"] + case.params.get("longest", 0)
+    else:
+        tokens = sum(case.params["pasts"])
     needed = tokens * problems.WIDTH * 2 * _ROOM.get(case.kind, 3.0)
     try:
         free = device_module(device).mem_get_info(device)[0]

@@ -14,14 +14,16 @@ import torch
 import torch.nn.functional as F
 
 from bench_rows import graphs, sparse_ways
+from bench_rows.cases import PAGE
 from bench_rows.problem import EPS, LATENT, ROPE, Problem
 from ntops_mla import ops
 from ntops_mla.board import board_of
 from ntops_mla.devices import detect
 from ntops_mla.ops._attention import merge
+from ntops_mla.ops.mla_schedule import decode_schedule
 from ntops_mla.platform import Tile
 
-OURS = "ntops_mla"
+OURS, SCHEDULED = "ntops_mla", "by schedule"
 KERNEL, BOTH, CALL, GRAPH = "kernel", "kernel + combine", "whole call", "graph replay"
 TIMED = (KERNEL, BOTH, CALL, GRAPH)
 
@@ -78,6 +80,14 @@ def _decode(problem) -> Iterator[Way | Absent]:
     args = problem.args
     backend = lambda: ops.mla_decode.explain(*args).backend  # noqa: E731
     yield from _with_graph(problem, Way(OURS, CALL, lambda: ops.mla_decode(*args), backend=backend))
+    heads, keys = problem.args[0].shape[2], problem.block_table.shape[1] * PAGE
+    schedule = decode_schedule(problem.seq_lens, problem.s_q * heads, keys)
+    if schedule is None:
+        yield Absent(SCHEDULED, CALL, "nothing to share out: one request, short ones, or PyTorch on a CPU")
+    else:
+        run = lambda: ops.mla_decode(*args, schedule=schedule)  # noqa: E731
+        way = Way(SCHEDULED, CALL, run, backend=backend, note="each request in the same number of splits")
+        yield from _with_graph(problem, way)
     choice = ops.mla_decode.explain(*args)
     if choice.backend != "kernel":
         yield Absent(OURS, f"{KERNEL}, {BOTH}", choice.reason)
@@ -103,19 +113,18 @@ def kernels(problem, tile: Tile | None = None) -> Iterator[Way]:
     splits, least = module.plan(board, made, batch, rows, table.shape[1] * page, None)
     out = torch.empty(q_nope.shape, dtype=q_nope.dtype, device=problem.device)
     lse = torch.empty(batch, heads, s_q, dtype=torch.float32, device=problem.device)
-    part = torch.empty(batch, splits, rows, latent, dtype=torch.float32, device=problem.device)
-    part_lse = torch.empty(batch, splits, s_q, heads, dtype=torch.float32, device=problem.device)
-    inputs = (q_nope, q_pe, kv_cache, pe_cache, table, seq_lens, scale, least)
+    part, part_lse = module.parts(out, splits)
+    inputs = (q_nope, q_pe, kv_cache, pe_cache, table, seq_lens, table, scale, least)
 
     def both():
-        module.launch(made, inputs, causal, splits, out, lse, part, part_lse)
+        module.launch(made, inputs, causal, False, out, lse, part, part_lse)
         return out, lse
 
     def alone():
         if splits == 1:
             both()
         else:
-            made.attend(*inputs, causal, made.block_n, part, part_lse)
+            made.attend(*inputs, causal, False, made.block_n, part, part_lse)
 
     numbers = None if tile is None else {**tile.blocks, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
     note = f"splits {splits}"
@@ -135,7 +144,8 @@ def _combine(problem) -> Iterator[Way | Absent]:
         return
     kernel = board.make("mla_combine", tile, latent=LATENT)
     block_n = 64
-    args = (problem.part, problem.part_lse, problem.seq_lens, 1, block_n, problem.out, problem.lse.transpose(1, 2))
+    lists = problem.seq_lens, problem.seq_lens[:, None], 1, False, block_n
+    args = (problem.part, problem.part_lse, *lists, problem.out, problem.lse.transpose(1, 2))
 
     def run():
         kernel(*args)

@@ -127,6 +127,8 @@ def arguments(name, dtype):
         return [*fp8_inputs(lengths, heads=heads, dtype=dtype, **sizes), True, None]
     if name in fp8.NAMES:
         return fp8.arguments(name, dtype, pick(37, 5))
+    if name == "mla_schedule":
+        return [torch.tensor([5000, 0, 1, 300] * pick(50, 1), dtype=torch.int32), 16, None]
     if name == "mla_decode":
         lengths = scaled(300, 0, 1, 77)
         heads = pick(20, 3)
@@ -149,6 +151,9 @@ def check_outcome(name, args, results):
     """`results` of the device are what PyTorch makes of `args`, on the CPU, in float64."""
     if name in fp8.NAMES:
         return fp8.check_outcome(name, args, results[0])
+    if name == "mla_schedule":
+        assert torch.equal(results[0].cpu(), ops.mla_schedule.reference(*args[:2], len(results[0]) - len(args[0])))
+        return None
     dtype = args[0].dtype
     exact = [a.double() if isinstance(a, torch.Tensor) and a.dtype in DTYPES else a for a in args]
     for index in {"rope": (1, 2), "latent_append": (2, 3)}.get(name, ()):  # cos and sin are float32 in every op

@@ -63,11 +63,15 @@ class Buffers:
         self.seq_lens.copy_(seq_lens)
         return q_nope, q_pe, cache[..., :512], cache[..., 512:], wide, seq_lens, scale
 
-    def decode(self):
+    def schedule(self):
+        return run(ops.mla_schedule, self.seq_lens, self.s_q * self.heads, 7)
+
+    def decode(self, schedule=None):
         q, cache = self.q, self.cache
         args = q[..., :512], q[..., 512:], cache[..., :512], cache[..., 512:], self.table, self.seq_lens, 576**-0.5
         # Chosen on a device, where the table has room for several; the interpreter's is too narrow for that.
-        return list(run(ops.mla_decode, *args, num_splits=pick(None, 3)))
+        splits = pick(None, 3) if schedule is None else None
+        return list(run(ops.mla_decode, *args, num_splits=splits, schedule=schedule))
 
 
 def replayed(captured, device):
@@ -85,6 +89,19 @@ def test_a_graph_of_decode_is_replayed_with_other_lengths(device, s_q, heads, dt
     buffers = Buffers(device, dtype, s_q, heads)
     buffers.load(ROUNDS[0])
     captured = capture(device, buffers.decode)
+    for lengths in ROUNDS:
+        args = buffers.load(lengths)
+        agree_decode(args, *replayed(captured, device))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=name_of)
+@pytest.mark.parametrize("stale", [False, True], ids=["scheduled in the graph", "scheduled before"])
+def test_a_graph_of_scheduled_decode_is_replayed_with_other_lengths(device, stale, dtype):
+    """The schedule follows the lengths; one of the first lengths is as exact."""
+    buffers = Buffers(device, dtype, 1, pick(16, 3))
+    buffers.load(ROUNDS[0])
+    before = buffers.schedule()
+    captured = capture(device, lambda: buffers.decode(before if stale else buffers.schedule()))
     for lengths in ROUNDS:
         args = buffers.load(lengths)
         agree_decode(args, *replayed(captured, device))

@@ -81,7 +81,7 @@ def test_steps_of_several_requests(device, model, dtype, form):
         assert choice.backend == ("reference" if gate.mode == "reference" else "kernel"), choice
     attention = {None: {"mla_prefill", "mla_decode"}, "absorbed": {"mla_decode"}, "expanded": {"mla_prefill"}}[form]
     norm = set() if mla.cfg.q_lora_rank is None else {"rms_norm"}  # of the query; the latent's is latent_append's
-    assert set(ran) == {"latent_append"} | norm | attention
+    assert set(ran) - {"mla_schedule"} == {"latent_append"} | norm | attention
     true = exactly(mla, STEPS, inputs)
     if dtype == torch.float32:
         for out, expected in zip(ours, true, strict=True):

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from ntops_mla import ops
 from tests import test_latent_fp8 as fp8
 from tests.device.on_device import DTYPES, NAMES, check_outcome, on, outcome, pick
 from tests.test_mla_decode_fp8 import fp8_inputs
@@ -27,6 +28,14 @@ def a_length(draw):
     return draw.choice(
         [0, 1, draw.randrange(20), draw.randrange(LONGEST // 8 + 1), draw.randrange(LONGEST), pick(64, 16)]
     )
+
+
+def a_schedule(draw, lengths, splits):
+    """Of these lengths or of others, now and then."""
+    if splits is not None or draw.random() < 0.5:
+        return None
+    made_of = lengths if draw.random() < 0.5 else [a_length(draw) for _ in lengths]
+    return ops.mla_schedule.reference(torch.tensor(made_of, dtype=torch.int32), 16, draw.choice([1, 7, 264]))
 
 
 def draw_call(name, draw):
@@ -60,15 +69,21 @@ def draw_call(name, draw):
         sizes.update(page_size=draw.choice([16, 32, 64, 128]), layout=draw.choice(LAYOUTS), strided=strided)
         sizes["latent"], sizes["rope"] = draw.choice([(512, 64), (256, 32)])
         causal, splits = draw.random() < 0.7, draw.choice([None, None, 1, 2, 3, 5, 11, 64])
-        words = f"{lengths}, {sizes}, causal {causal}, {splits} splits"
-        return words, [*decode_inputs(lengths, dtype=dtype, **sizes), causal, splits]
+        schedule = a_schedule(draw, lengths, splits)
+        words = f"{lengths}, {sizes}, causal {causal}, {splits} splits, schedule {schedule is not None}"
+        return words, [*decode_inputs(lengths, dtype=dtype, **sizes), causal, splits, schedule]
     if name == "mla_decode_fp8":
         lengths = [a_length(draw) for _ in range(draw.randint(1, pick(12, 4)))]
         sizes = dict(heads=draw.choice(HEADS), s_q=draw.choice([1, 1, 2, 3, 4]), strided=strided)
         sizes.update(page_size=draw.choice([16, 32, 64, 128]), layout=draw.choice(["packed", "apart"]))
         causal, splits = draw.random() < 0.7, draw.choice([None, None, 1, 2, 3, 5, 11, 64])
-        words = f"{lengths}, {sizes}, causal {causal}, {splits} splits"
-        return words, [*fp8_inputs(lengths, dtype=dtype, **sizes), causal, splits]
+        schedule = a_schedule(draw, lengths, splits)
+        words = f"{lengths}, {sizes}, causal {causal}, {splits} splits, schedule {schedule is not None}"
+        return words, [*fp8_inputs(lengths, dtype=dtype, **sizes), causal, splits, schedule]
+    if name == "mla_schedule":
+        lengths = [a_length(draw) for _ in range(draw.randint(1, pick(600, 40)))]
+        parts = draw.choice([None, 1, 7, 264])
+        return f"{lengths}, {parts} parts", [torch.tensor(lengths, dtype=torch.int32), draw.choice(HEADS), parts]
     if name == "mla_sparse_fp8":
         topk, s_q = 1 + a_length(draw), draw.choice([1, 1, 2, 3])
         counts = [draw.randint(0, topk) for _ in range(s_q * draw.randint(1, pick(12, 3)))]

@@ -22,8 +22,8 @@ def by_kernel(op, *args, **kwargs):
     return result
 
 
-def check_decode(args, causal=True, num_splits=None):
-    out, lse = by_kernel(ops.mla_decode, *args, causal=causal, num_splits=num_splits)
+def check_decode(args, causal=True, num_splits=None, schedule=None):
+    out, lse = by_kernel(ops.mla_decode, *args, causal=causal, num_splits=num_splits, schedule=schedule)
     expected_out, expected_lse = decode64(*args, causal=causal)
     check_attention(out.transpose(1, 2), lse, expected_out.transpose(1, 2), expected_lse, args[0].dtype, DECODE)
     return out, lse

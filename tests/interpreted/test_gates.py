@@ -36,7 +36,7 @@ from tests.test_ops import (
 
 TILES = get_platform("cpu").tiles
 REAL = [name for name in all_platforms() if name != "cpu"]
-NAMES = ops.names()
+NAMES = tuple(name for name in ops.names() if name != "mla_schedule")  # which has whole numbers, and a test below
 REASON = {"native": "a toy computes in float32", "float32": "a toy has it not", "reference": "a toy rounds it wrongly"}
 
 
@@ -226,6 +226,20 @@ def test_without_a_tile_pytorch_runs_and_the_reason_says_so(toy, launches, name,
     split = {other for other in NAMES if other.startswith(("mla_decode", "mla_sparse"))}
     for other in set(NAMES) - (split if kernel == "mla_combine" else {name}):
         assert getattr(ops, other).explain(*arguments(other, torch.bfloat16)).backend == "kernel"
+
+
+@pytest.mark.parametrize(
+    "mode, tiles, backend",
+    [("native", TILES, "kernel"), ("native", (), "reference"), ("reference", TILES, "reference")],
+)
+def test_the_gate_of_whole_numbers(toy, mode, tiles, backend):
+    toy(gates(mode), tiles, strict=False)
+    args = torch.tensor([300, 0, 700], dtype=torch.int32), 16, 5
+    with dispatch.record() as ran:
+        schedule = ops.mla_schedule(*args)
+    assert ran["mla_schedule"].backend == backend
+    assert tiles or "no tile of mla_schedule for int32" in ran["mla_schedule"].reason
+    assert torch.equal(schedule, ops.mla_schedule.reference(*args))
 
 
 def test_a_tile_for_float32_serves_what_is_cast(toy):

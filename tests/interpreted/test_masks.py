@@ -14,6 +14,11 @@ from tests.test_mla_decode_fp8 import fp8_inputs
 from tests.test_mla_sparse import sparse_inputs
 from tests.test_ops import append_inputs, clones, decode_inputs, prefill_inputs, tensors, turns
 
+
+def scheduled(lengths):
+    return ops.mla_schedule.reference(torch.tensor(lengths, dtype=torch.int32), 16, 3)
+
+
 # Rows, tokens and columns that fill no tile; pages in part; requests without rows, keys or both.
 CALLS = {
     "rms_norm": [lambda: (torch.randn(3, 100), torch.randn(100)), lambda: (torch.randn(2, 512), torch.randn(512))],
@@ -28,7 +33,9 @@ CALLS = {
     "mla_decode": [
         lambda: (*decode_inputs([33, 0], page_size=32, s_q=2, heads=9, dtype=torch.float32), True, 2),
         lambda: (*decode_inputs([3], page_size=16, latent=256, rope=32, dtype=torch.float32), True, 1),
+        lambda: (*decode_inputs([530, 1], page_size=32, heads=3, dtype=torch.float32), True, None, scheduled([530, 1])),
     ],
+    "mla_schedule": [lambda: (torch.tensor([300, 0, 7], dtype=torch.int32), 16, 5)],
     "mla_prefill": [
         lambda: prefill_inputs([5, 0, 17, 3], [7, 2, 16, 0], heads=1, dtype=torch.float32),
         lambda: prefill_inputs([3], heads=1, dqk=256, dv=256, dtype=torch.float32),
@@ -36,6 +43,7 @@ CALLS = {
     "mla_decode_fp8": [
         lambda: (*fp8_inputs([33, 0], page_size=32, s_q=2, heads=9, dtype=torch.float32), True, 2),
         lambda: (*fp8_inputs([3], page_size=16, layout="apart", dtype=torch.float32), True, 1),
+        lambda: (*fp8_inputs([530, 1], heads=3, dtype=torch.float32), True, None, scheduled([530, 1])),
     ],
     # Not mla_sparse_fp8: the untidied source compares int32 numbers with a bound beyond int32.
     "mla_sparse": [

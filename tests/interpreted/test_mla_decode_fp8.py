@@ -19,8 +19,8 @@ OP = importlib.import_module("ntops_mla.ops.mla_decode_fp8")
 TOLERANCES = {torch.float32: (SINGLE, LSE), **{dtype: (FP8_OUT, DECODE_LSE) for dtype in HALF}}
 
 
-def check(args, causal=True, num_splits=None):
-    out, lse = by_kernel(ops.mla_decode_fp8, *args, causal=causal, num_splits=num_splits)
+def check(args, causal=True, num_splits=None, schedule=None):
+    out, lse = by_kernel(ops.mla_decode_fp8, *args, causal=causal, num_splits=num_splits, schedule=schedule)
     expected_out, expected_lse = fp8_64(*args, causal=causal)
     check_attention(out.transpose(1, 2), lse, expected_out.transpose(1, 2), expected_lse, args[0].dtype, TOLERANCES)
     return out, lse
@@ -148,8 +148,8 @@ def test_inputs_stay_and_the_kernel_takes_them_as_they_are(launches):
         torch.testing.assert_close(value, copy, rtol=0, atol=0)
     bf16, f32, i32, u8 = torch.bfloat16, torch.float32, torch.int32, torch.uint8
     assert launches == [
-        ("mla_decode_fp8", (bf16, bf16, u8, f32, bf16, i32, i32, f32, f32)),
-        ("mla_combine", (f32, f32, i32, bf16, f32)),
+        ("mla_decode_fp8", (bf16, bf16, u8, f32, bf16, i32, i32, i32, f32, f32)),
+        ("mla_combine", (f32, f32, i32, i32, bf16, f32)),
     ]
 
 

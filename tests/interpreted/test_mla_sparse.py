@@ -167,7 +167,7 @@ def test_inputs_stay_and_the_kernel_takes_them_as_they_are(launches):
     bf16, f32, i32 = torch.bfloat16, torch.float32, torch.int32
     assert launches == [
         ("mla_sparse", (bf16, bf16, bf16, bf16, i32, i32, f32, f32, f32)),
-        ("mla_combine", (f32, f32, i32, bf16, f32)),
+        ("mla_combine", (f32, f32, i32, i32, bf16, f32)),
     ]
 
 
