@@ -149,8 +149,12 @@ def check_results(results, expected, dtype, tolerances):
 
 
 def check_sparse(args, **kwargs):
-    results = ops.mla_sparse(*args, want_max=True, **kwargs)
-    check_results(results, sparse64(*args), args[0].dtype, TOLERANCES[args[0].dtype])
+    """With the largest scores and without, which are two ways on a CPU."""
+    results, expected = ops.mla_sparse(*args, want_max=True, **kwargs), sparse64(*args)
+    check_results(results, expected, args[0].dtype, TOLERANCES[args[0].dtype])
+    out, lse, most = ops.mla_sparse(*args, **kwargs)
+    assert (most.shape, most.dtype) == ((0,), torch.float32)
+    check_results((out, lse, results[2]), expected, args[0].dtype, TOLERANCES[args[0].dtype])
     return results
 
 
@@ -235,14 +239,6 @@ def test_nothing_to_do():
     check_sparse((q_nope, q_pe, kv, pe, indices[..., :0], scale))
 
 
-def test_max_logits_only_where_they_are_wanted():
-    args = sparse_inputs([5, 0], 8, dtype=torch.bfloat16)
-    out, lse, most = ops.mla_sparse(*args)
-    assert (most.shape, most.dtype) == ((0,), torch.float32)
-    again, lse_again, most = ops.mla_sparse(*args, None, True)
-    assert torch.equal(out, again) and torch.equal(lse, lse_again) and most.shape == lse.shape
-
-
 def test_lse_and_max_logits_are_natural_logarithms_of_scaled_scores():
     """Two equal keys, whose score is known."""
     q = torch.zeros(1, 1, 1, 512)
@@ -289,7 +285,7 @@ def test_a_few_tokens_at_a_time(monkeypatch, tokens, dtype):
 def test_splits_do_not_change_the_result(num_splits):
     args = sparse_inputs([37, 0, 20, 5], 40, dtype=torch.float64)
     out, _, _ = check_sparse(args, num_splits=num_splits)
-    assert torch.equal(out, ops.mla_sparse(*args)[0])
+    assert torch.equal(out, ops.mla_sparse(*args, want_max=True)[0])
 
 
 def test_one_list_of_keys_in_pages_of_one_and_in_one_page():

@@ -11,7 +11,7 @@ import torch
 from ntops_mla.board import Board
 from ntops_mla.kernel import within_int32
 from ntops_mla.ops import _check
-from ntops_mla.ops._attention import GATHER_BYTES, side_by_side
+from ntops_mla.ops._attention import GATHER_BYTES, attend, side_by_side
 from ntops_mla.ops._op import register
 from ntops_mla.ops._split import Made, make, needed, plan, refuse_far_slots
 from ntops_mla.ops.mla_decode import check_caches, check_numbers, check_queries, unsupported_heads
@@ -125,7 +125,10 @@ def attend_lists(
             # [t, H, C + R], [t, topk, C + R], [t, topk]
             q = torch.cat([q_nope[some], q_pe[some]], -1)
             keys, hidden = _gather(cache, indices[some], None if lengths is None else lengths[some])
-            part, lse[some], maxima[some] = _attend(q, keys, hidden, softmax_scale)
+            if device.type == "cpu" and not want_max:
+                part, lse[some] = _attend_fused(q, keys, hidden, softmax_scale)
+            else:
+                part, lse[some], maxima[some] = _attend(q, keys, hidden, softmax_scale)
             out[some] = part[..., :latent]
     shape = (batch, s_q, heads)
     return out.view(*shape, latent), lse.view(shape), maxima.view(shape) if want_max else lse.new_empty(0)
@@ -167,6 +170,19 @@ def _rows(cache, index, page_size):
         rows = cache.as_strided(((pages - 1) * steps + page_size, width), (slot_stride, column_stride))
         return rows.index_select(0, index if steps == page_size else index + index // page_size * (steps - page_size))
     return cache[index // page_size, index % page_size]
+
+
+def _attend_fused(q, keys, hidden, scale):
+    """out and lse of `_attend`, by PyTorch's own kernel for a CPU, which does not tell the largest score."""
+    mask = None
+    if hidden is not None:
+        mask = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, _NO_KEY)[:, None, None]
+    # The heads are the rows of one head.
+    out, lse = (x[:, 0] for x in attend(q[:, None], keys[:, None], keys[:, None], scale, mask))
+    if hidden is not None:
+        blind = hidden.all(-1)[:, None]
+        out, lse = out.masked_fill(blind[..., None], 0), lse.masked_fill(blind, _NO_KEY)
+    return out, lse
 
 
 def _attend(q, keys, hidden, scale):
