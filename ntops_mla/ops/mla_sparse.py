@@ -109,38 +109,40 @@ def attend_lists(
     want_max: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """mla_sparse in PyTorch, over any cache of rows."""
-    batch, s_q, heads, latent = q_nope.shape
-    topk, device = indices.shape[2], q_nope.device
-    out = torch.zeros(batch * s_q, heads, latent, dtype=q_nope.dtype, device=device)
-    lse = torch.full((batch * s_q, heads), _NO_KEY, dtype=torch.float32, device=device)
-    maxima = torch.full_like(lse, _NO_KEY)
-    if out.numel() and topk and cache.count:
-        # [T, H, C], [T, H, R], [T, topk], [T]
-        q_nope, q_pe, indices = q_nope.flatten(0, 1), q_pe.flatten(0, 1), indices.flatten(0, 1)
-        lengths = None if topk_length is None else topk_length.flatten()
-        room = _CPU_GATHER_BYTES * torch.get_num_threads() if device.type == "cpu" else GATHER_BYTES
-        step = max(1, room // (topk * (latent + q_pe.shape[2]) * q_nope.element_size()))
-        for first in range(0, batch * s_q, step):
-            some = slice(first, first + step)
-            # [t, H, C + R], [t, topk, C + R], [t, topk]
-            q = torch.cat([q_nope[some], q_pe[some]], -1)
-            keys, hidden = _gather(cache, indices[some], None if lengths is None else lengths[some])
-            if device.type == "cpu" and not want_max:
-                part, lse[some] = _attend_fused(q, keys, hidden, softmax_scale)
-            else:
-                part, lse[some], maxima[some] = _attend(q, keys, hidden, softmax_scale)
-            out[some] = part[..., :latent]
-    shape = (batch, s_q, heads)
-    return out.view(*shape, latent), lse.view(shape), maxima.view(shape) if want_max else lse.new_empty(0)
+    out, lse, maxima = results(q_nope, want_max)
+    if not out.numel() or not indices.shape[2] or not cache.count:
+        return out.zero_(), lse.fill_(_NO_KEY), maxima.fill_(_NO_KEY)
+    # [T, H, C], [T, H, R], [T, topk], [T], and what is written: views, on which the results' dimensions lie
+    q_nope, q_pe, indices = q_nope.flatten(0, 1), q_pe.flatten(0, 1), indices.flatten(0, 1)
+    lengths = None if topk_length is None else topk_length.flatten()
+    outs, lses, most = out.flatten(0, 1), lse.flatten(0, 1), maxima.flatten(0, 1) if want_max else None
+    (tokens, topk), latent, host = indices.shape, q_nope.shape[2], q_nope.device.type == "cpu"
+    room = _CPU_GATHER_BYTES * torch.get_num_threads() if host else GATHER_BYTES
+    step = max(1, room // (topk * (latent + q_pe.shape[2]) * q_nope.element_size()))
+    for first in range(0, tokens, step):
+        some = slice(first, first + step)
+        # [t, H, C + R], [t, topk, C + R], [t, topk]
+        q = torch.cat([q_nope[some], q_pe[some]], -1)
+        keys, hidden = _gather(cache, indices[some], None if lengths is None else lengths[some])
+        if host and not want_max:
+            part, lses[some] = _attend_fused(q, keys, hidden, softmax_scale)
+        else:
+            part, lses[some], largest = _attend(q, keys, hidden, softmax_scale)
+            if want_max:
+                most[some] = largest
+        outs[some] = part[..., :latent]
+    return out, lse, maxima
 
 
 def _gather(cache, indices, lengths):
     """Keys `[t, topk, C + R]`, latent and rope side by side, 0 where there is none; which those are, None: nowhere."""
-    index = indices.long()
+    index, host = indices.long(), indices.device.type == "cpu"
+    least, greatest = index.aminmax() if host and lengths is None else (-1, 0)
+    if least >= 0 and greatest < cache.count:  # the same without the matrices of what is hidden
+        return cache.gather(index.flatten()).view(*index.shape, -1), None
     hidden = (index < 0) | (index >= cache.count)
     if lengths is not None:
         hidden |= torch.arange(index.shape[1], device=index.device) >= lengths[:, None]
-    host = index.device.type == "cpu"
     if host and not hidden.any():
         hidden = None
     else:
