@@ -116,7 +116,7 @@ def compile_case(case: Case) -> list[tuple[dict[str, Any], Compiled | None, str]
             op.spec.kernel(board, *args[:-2], 4, None)
             op.spec.kernel(board, *args[:-1], torch.empty(12, 4, dtype=torch.int32, device="meta"))
         if case.op == "mla_prefill":
-            op.spec.kernel(board, *args[:-1], False)
+            op.spec.kernel(board, *args[:-2], False, True)
         if case.op in ("mla_sparse", "mla_sparse_fp8"):  # with the largest scores, and with pages apart, too
             op.spec.kernel(board, *args[:-2], 4, True)
             apart = op.example(torch.device("meta"), case.dtype, tokens=4, **case.sizes, gap=1)

@@ -642,6 +642,17 @@ def form(name):
     return lambda q, k, v, scale, mask=None, causal=False: _attention._attend_by_rows(q, k, v, scale, mask, causal)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_prefill_without_an_lse(dtype):
+    """The same out, bit for bit; rows of few keys, whose lse is computed anew, among them."""
+    args = prefill_inputs([20, 0, 7, 4], [29, 3, 7, 1], dtype=dtype)
+    out, lse = ops.mla_prefill(*args, want_lse=False)
+    assert (lse.shape, lse.dtype) == ((0,), torch.float32)
+    assert torch.equal(out, ops.mla_prefill(*args)[0])
+    with pytest.raises(TypeError, match="want_lse must be True or False, got 1"):
+        ops.mla_prefill.explain(*args, want_lse=1)
+
+
 def attend64(q, k, v, scale, mask=None, causal=False):
     scores = q.double() @ k.double().transpose(-1, -2) * scale
     if mask is not None:
@@ -701,7 +712,7 @@ def test_ops_by_rows_as_on_an_accelerator(monkeypatch, dtype):
     """Both references with the path that other devices take, a few rows at a time; blind rows included."""
     calls = []
 
-    def by_rows(q, k, v, scale, mask=None, causal=False):
+    def by_rows(q, k, v, scale, mask=None, causal=False, exact_lse=True):
         calls.append(q.shape)
         return _attention._attend_by_rows(q, k, v, scale, mask, causal)
 

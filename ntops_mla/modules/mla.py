@@ -273,8 +273,9 @@ class MLA(nn.Module):
                 k, v = self._expand(latent, pe, heads)
                 for segment in chunk.segments:
                     at = segment.rows, heads
+                    bounds = segment.cu_seqlens_q, segment.cu_seqlens_k
                     part, part_lse = ops.mla_prefill(
-                        q[at], k, v, segment.cu_seqlens_q, segment.cu_seqlens_k, cfg.softmax_scale, segment.causal
+                        q[at], k, v, *bounds, cfg.softmax_scale, segment.causal, want_lse=chunk.merged
                     )
                     if chunk.merged:
                         part, lse[at] = merge(merged[at], lse[at], part, part_lse.transpose(0, 1))

@@ -30,6 +30,7 @@ def mla_prefill(
     cu_seqlens_k: torch.Tensor,
     softmax_scale: float,
     causal: bool = True,
+    want_lse: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend within each request of a packed batch, every head with its own keys and values.
 
@@ -42,13 +43,14 @@ def mla_prefill(
     n_k - n + 1 + i keys.
 
     Returns out `[T, H, Dv]` of q's dtype (bfloat16, float16, float32; float64 by PyTorch) and lse float32 `[H, T]`,
-    natural logarithm. A row that sees no key: out 0, lse -inf. Raises TypeError or ValueError that names the argument.
-    Source: arXiv 2405.04434, section 2.1.2; Dao-AILab/flash-attention flash_attn_varlen_func.
+    natural logarithm; `[0]` where want_lse is False. A row that sees no key: out 0, lse -inf. Raises TypeError or
+    ValueError that names the argument. Source: arXiv 2405.04434, section 2.1.2; Dao-AILab/flash-attention
+    flash_attn_varlen_func.
     """
-    return torch.ops.ntops_mla.mla_prefill(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal)
+    return torch.ops.ntops_mla.mla_prefill(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, want_lse)
 
 
-def _check_args(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):
+def _check_args(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, want_lse):
     op = "mla_prefill"
     _check.tensor(op, "q", q, "[T, H, Dqk]", 3)
     _check.dtype(op, "q", q)
@@ -62,6 +64,7 @@ def _check_args(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):
     _check.cu_seqlens(op, q, ("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k))
     _check.number(op, "softmax_scale", softmax_scale)
     _check.flag(op, "causal", causal)
+    _check.flag(op, "want_lse", want_lse)
 
 
 def _bounds(name: str, cu_seqlens: torch.Tensor, total: int) -> list[int]:
@@ -71,18 +74,18 @@ def _bounds(name: str, cu_seqlens: torch.Tensor, total: int) -> list[int]:
     return bounds
 
 
-def _look(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):
+def _look(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, want_lse):
     _bounds("cu_seqlens_q", cu_seqlens_q, q.shape[0])
     _bounds("cu_seqlens_k", cu_seqlens_k, k.shape[0])
 
 
-def _reference(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):
+def _reference(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, want_lse):
     starts = _bounds("cu_seqlens_q", cu_seqlens_q, q.shape[0])
     key_starts = _bounds("cu_seqlens_k", cu_seqlens_k, k.shape[0])
     out = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device)
     lse = torch.full((q.shape[1], q.shape[0]), float("-inf"), dtype=torch.float32, device=q.device)
     if q.shape[1] == 0:  # PyTorch's CPU kernel divides by the number of heads
-        return out, lse
+        return out, lse if want_lse else lse.new_empty(0)
     # [1, H, tokens, D]
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     for b in range(len(starts) - 1):
@@ -92,10 +95,11 @@ def _reference(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):
             keys = slice(key, key + seen)
             mask = _diagonal(end - start, seen, q) if mode == "mask" else None
             square = mode == "square"
-            part, part_lse = attend(q[:, :, start:end], k[:, :, keys], v[:, :, keys], softmax_scale, mask, square)
+            some = q[:, :, start:end], k[:, :, keys], v[:, :, keys]
+            part, part_lse = attend(*some, softmax_scale, mask, square, exact_lse=want_lse)
             out[start:end] = part[0].transpose(0, 1)
             lse[:, start:end] = part_lse[0]
-    return out, lse
+    return out, lse if want_lse else lse.new_empty(0)
 
 
 def _blocks(start: int, end: int, keys: int, past: int, causal: bool):
@@ -121,12 +125,12 @@ def _diagonal(rows: int, keys: int, like: torch.Tensor) -> torch.Tensor:
     return torch.zeros(1, 1, rows, keys, dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))
 
 
-def _fake(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):
+def _fake(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, want_lse):
     out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device)
-    return out, torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+    return out, torch.empty((q.shape[1], q.shape[0]) if want_lse else 0, dtype=torch.float32, device=q.device)
 
 
-def _key(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):
+def _key(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, want_lse):
     return (q.dtype,), (q.shape[2], v.shape[2], q.shape[1], causal)
 
 
@@ -150,14 +154,14 @@ def _made(board: Board, dtype: torch.dtype, width: int, v_width: int) -> tuple[K
     return kernel, tile.blocks["block_m"], tile.blocks["block_n"]
 
 
-def _kernel(board: Board, q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):
+def _kernel(board: Board, q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, want_lse):
     out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
     if out.numel():
         q, k, v = (within_int32(x, 1, 2) for x in (q, k, v))
         launch, block_m, block_n = _made(board, q.dtype, q.shape[2], v.shape[2])
         launch(q, q, k, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, block_n, out, lse, block_m)
-    return out, lse
+    return out, lse if want_lse else lse.new_empty(0)
 
 
 def _example(device="cpu", dtype=torch.bfloat16, *, tokens=4, heads=16, rope=64, nope=128, v=128, **_):
@@ -170,6 +174,7 @@ def _example(device="cpu", dtype=torch.bfloat16, *, tokens=4, heads=16, rope=64,
         cu_seqlens.clone(),
         (nope + rope) ** -0.5,
         True,
+        True,
     )
 
 
@@ -177,7 +182,7 @@ mla_prefill = register(
     mla_prefill,
     schema=(
         "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float softmax_scale, "
-        "bool causal=True) -> (Tensor, Tensor)"
+        "bool causal=True, bool want_lse=True) -> (Tensor, Tensor)"
     ),
     check=_check_args,
     look=_look,

@@ -157,3 +157,9 @@ def test_random_calls(number, _seed):
     strided, heads = draw.random() < 0.5, draw.choice([1, 2, 3])
     args = prefill_inputs(lengths, keys, dtype=draw.choice(DTYPES), heads=heads, dqk=dqk, dv=dv, strided=strided)
     check_prefill(args, draw.random() < 0.7)
+
+
+def test_without_an_lse():
+    args = prefill_inputs([5, 0, 18], [7, 2, 17], heads=2, dtype=torch.bfloat16)
+    out, lse = by_kernel(ops.mla_prefill, *args, want_lse=False)
+    assert lse.shape == (0,) and torch.equal(out, by_kernel(ops.mla_prefill, *args)[0])
