@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ntops_mla import dispatch, ops
+from ntops_mla.ops import _split
 from ntops_mla.ops.mla_schedule import decode_schedule
 from tests.test_mla_decode_fp8 import fp8_inputs
 from tests.test_ops import decode_inputs
@@ -64,9 +65,10 @@ def test_no_requests():
 
 @pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES)
 def test_what_the_formula_promises(lengths):
-    """Every key once, no split longer than the share, none empty but an empty request's, and as fair as FlashMLA's."""
+    """Every key once, no split longer than the share, none empty but an empty request's."""
     for parts in (1, 3, 16, 500):
-        rows, _ = wanted(lengths, parts)
+        schedule = ops.mla_schedule(lists(lengths), 16, parts)
+        rows = schedule[schedule[:, 0] >= 0][:, :3].tolist()
         share = 128 * max(-(-sum(-(-max(n, 0) // 128) for n in lengths) // parts), 2)
         for request, length in enumerate(lengths):
             own = [(start, min(end, max(length, 0))) for b, start, end in rows if b == request]
@@ -151,8 +153,17 @@ def test_a_stale_schedule_is_named_where_values_are_looked_at(name, monkeypatch)
         getattr(ops, name)(*args, schedule=schedule)
 
 
-def test_nothing_is_scheduled_where_it_would_bring_nothing():
-    assert decode_schedule(lists([5000, 10]), 16, 5000) is None  # a CPU
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_nothing_is_scheduled_where_no_kernel_runs(device):
+    assert decode_schedule(lists([5000, 10]).to(device), 16, 5000) is None
+
+
+def test_parts_that_int32_does_not_reach_are_not_planned():
+    out = torch.empty(4, 1, 128, 512, device="meta")
+    for rows, usable in ((32767, True), (32768, False)):
+        schedule = torch.empty(rows, 4, dtype=torch.int32, device="meta")
+        assert _split.usable(out, schedule) is (schedule if usable else None)
+    assert _split.usable(out, None) is None
 
 
 def test_nothing_waits_for_the_device():

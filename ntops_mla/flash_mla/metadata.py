@@ -18,8 +18,9 @@ class FlashMLASchedMeta:
     """What `get_mla_metadata` returns and callers pass along: how the keys of ragged requests are shared out.
 
     The first dense call makes the schedule, on the device, and the calls of other layers use it; a call with another
-    tensor of lengths, or with one that was written to since, makes it anew. A call of other sizes is refused, as
-    FlashMLA refuses it.
+    tensor of lengths, or with one that was written to since, makes it anew. Where writes are not counted (lengths made
+    in inference mode) and in a compiled graph each call makes its own. A call of other sizes is refused, as FlashMLA
+    refuses it.
     """
 
     @dataclasses.dataclass
@@ -40,11 +41,11 @@ class FlashMLASchedMeta:
     have_initialized: bool = False
     config: Config | None = None
     # mla_schedule's int32 `[n, 4]`, and of it the int32 `[B + 1]` that says where each request's splits begin; None
-    # where nothing was scheduled: sparse attention, one request, short ones, PyTorch in the place of a kernel.
-    tile_scheduler_metadata: torch.Tensor | None = None
-    num_splits: torch.Tensor | None = None
+    # where nothing was scheduled or kept: see `schedule` below and ops/mla_schedule.py.
+    tile_scheduler_metadata: torch.Tensor | None = dataclasses.field(default=None, compare=False)
+    num_splits: torch.Tensor | None = dataclasses.field(default=None, compare=False)
     # What the schedule was made of.
-    _mark: tuple | None = dataclasses.field(default=None, repr=False)
+    _mark: tuple | None = dataclasses.field(default=None, repr=False, compare=False)
     # What the old form of get_mla_metadata was told; None: nothing.
     _batch: int | None = dataclasses.field(default=None, repr=False)
     _rows_per_head_k: int | None = dataclasses.field(default=None, repr=False)
@@ -52,14 +53,18 @@ class FlashMLASchedMeta:
     _fp8: bool = dataclasses.field(default=False, repr=False)
     _topk: int | None = dataclasses.field(default=None, repr=False)
 
+    def __getstate__(self) -> dict:
+        """Without what names a tensor of this process."""
+        return {**vars(self), "_mark": None}
+
 
 def schedule(meta: FlashMLASchedMeta, seq_lens: torch.Tensor, rows: int, keys: int) -> tuple:
     """(schedule or None, what it was made of) for lengths `[B]`, of s_q H = `rows` rows and at most `keys` keys."""
-    if torch.compiler.is_compiling():  # a traced call has no identity
+    # A traced call has no identity, and lengths of inference mode count no writes.
+    if torch.compiler.is_compiling() or seq_lens.is_inference():
         return decode_schedule(seq_lens, rows, keys), None
-    # Lengths of inference mode count no writes; a graph's schedule exists only while it is replayed.
-    version = None if seq_lens.is_inference() else seq_lens._version
-    mark = weakref.ref(seq_lens), (version, rows, keys, capturing(seq_lens.device))
+    # A graph's schedule exists only once it is replayed: what was made while one is captured is for that one.
+    mark = weakref.ref(seq_lens), (seq_lens._version, rows, keys, capturing(seq_lens.device))
     if meta._mark is not None and meta._mark[0]() is seq_lens and meta._mark[1] == mark[1]:
         return meta.tile_scheduler_metadata, meta._mark
     return decode_schedule(seq_lens, rows, keys), mark

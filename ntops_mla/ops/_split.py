@@ -12,7 +12,8 @@ from ntops_mla.ops import _check
 from ntops_mla.platform import Tile
 
 # Keys that a split has at least, unless the caller says how many splits there are: fewer cost more in the second launch
-# and in float32 parts than they bring. And the most splits of a request, which mla_combine reads one after the other.
+# and in float32 parts than they bring. And the most splits of a request where all have as many: mla_combine reads them
+# one after the other. (A schedule may cut a request that is longer than all others together into more.)
 SPLIT_KEYS = 256
 _MAX_SPLITS = 64
 
@@ -90,6 +91,13 @@ def parts(
         return None, None
     part = torch.empty(batch, splits, s_q * heads, latent, dtype=torch.float32, device=out.device)
     return part, torch.empty(batch, splits, s_q, heads, dtype=torch.float32, device=out.device)
+
+
+def usable(out: torch.Tensor, schedule: torch.Tensor | None) -> torch.Tensor | None:
+    """The schedule, None where its parts would be more than int32 offsets reach: some 32768 requests of 128 heads."""
+    if schedule is not None and schedule.shape[0] * out.shape[1:].numel() >= 2**31:
+        return None
+    return schedule
 
 
 def check_schedule(op: str, q_nope: torch.Tensor, num_splits: int | None, schedule: object) -> None:

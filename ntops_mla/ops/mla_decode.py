@@ -12,7 +12,7 @@ from ntops_mla.ops import _check, _inspect, _split
 from ntops_mla.ops._attention import side_by_side
 from ntops_mla.ops._op import register
 from ntops_mla.ops._paged import Paged, attend_paged
-from ntops_mla.ops._split import Made, check_schedule, make, needed, parts, plan, refuse_far_slots
+from ntops_mla.ops._split import Made, check_schedule, make, needed, parts, plan, refuse_far_slots, usable
 from ntops_mla.ops.latent_append import LATENT_SIZES
 from ntops_mla.ops.mla_schedule import mla_schedule
 from ntops_mla.platform import Platform, Tile
@@ -36,12 +36,12 @@ def mla_decode(
 
     s[j] = softmax_scale (q_nope . kv_cache[j] + q_pe . pe_cache[j]);  out = softmax(s) kv_cache;  lse = log sum exp(s)
 
-    q_nope: `[B, s_q, H, C]`, already absorbed (C = 512 or 256). q_pe: `[B, s_q, H, R]`. kv_cache: `[pages, page_size,
-    C]`, pe_cache: `[pages, page_size, R]`, of any strides. block_table: int32 `[B, max_pages]`; entries past a
-    request's pages and slots past its length are never read. seq_lens: int32 `[B]`, with the new tokens. Row i of s_q
-    sees the first seq_len - s_q + 1 + i keys (causal), or all seq_len. num_splits: parts a request's keys are cut into,
-    None: chosen. schedule: what mla_schedule made of seq_lens, None: each request is cut into as many parts; it decides
-    how the work is shared, not what comes out.
+    q_nope: `[B, s_q, H, C]`, already absorbed (C = 512 or 256). q_pe: `[B, s_q, H, R]`. kv_cache:
+    `[pages, page_size, C]`, pe_cache: `[pages, page_size, R]`, of any strides. block_table: int32 `[B, max_pages]`;
+    entries past a request's pages and slots past its length are never read. seq_lens: int32 `[B]`, with the new tokens.
+    Row i of s_q sees the first seq_len - s_q + 1 + i keys (causal), or all seq_len. num_splits: parts a request's keys
+    are cut into, None: chosen. schedule: what mla_schedule made for these requests, None: all are cut into the same
+    number of parts; it says how the work is shared, not what comes out.
 
     Returns out `[B, s_q, H, C]` of q's dtype (bfloat16, float16, float32; float64 by PyTorch) and lse float32 `[B, H,
     s_q]`, natural logarithm. A row that sees no key: out 0, lse -inf. Raises TypeError or ValueError that names the
@@ -195,6 +195,7 @@ def _kernel(
     out, lse = results(q_nope)
     if not out.numel():
         return out, lse
+    schedule = usable(out, schedule)
     q_nope, q_pe = (within_int32(q, 1, 2) for q in (q_nope, q_pe))
     refuse_far_slots(kv_cache=kv_cache, pe_cache=pe_cache)
     causal = causal and s_q > 1

@@ -12,7 +12,7 @@ from ntops_mla.ops import _check, _inspect
 from ntops_mla.ops._fp8 import GROUPS, LATENT, ROPE, TOKEN_BYTES, dequantize, quantize_into
 from ntops_mla.ops._op import register
 from ntops_mla.ops._paged import Paged, attend_paged
-from ntops_mla.ops._split import Made, check_schedule, launch, make, needed, parts, plan
+from ntops_mla.ops._split import Made, check_schedule, launch, make, needed, parts, plan, usable
 from ntops_mla.ops.mla_decode import (
     check_numbers,
     check_queries,
@@ -48,8 +48,8 @@ def mla_decode_fp8(
     page's tokens are adjacent, its pages may be further apart. block_table: int32 `[B, max_pages]`; entries past a
     request's pages and slots past its length are never read. seq_lens: int32 `[B]`, with the new tokens. Row i of s_q
     sees the first seq_len - s_q + 1 + i keys (causal), or all seq_len. num_splits: parts a request's keys are cut into,
-    None: chosen. schedule: what mla_schedule made of seq_lens, None: each request is cut into as many parts; it decides
-    how the work is shared, not what comes out.
+    None: chosen. schedule: what mla_schedule made for these requests, None: all are cut into the same number of parts;
+    it says how the work is shared, not what comes out.
 
     Returns out `[B, s_q, H, 512]` of q's dtype (bfloat16, float16, float32; float64 by PyTorch) and lse float32 `[B, H,
     s_q]`, natural logarithm. A row that sees no key: out 0, lse -inf. Raises TypeError or ValueError that names the
@@ -164,6 +164,7 @@ def _kernel(board: Board, q_nope, q_pe, cache, block_table, seq_lens, softmax_sc
     out, lse = results(q_nope)
     if not out.numel():
         return out, lse
+    schedule = usable(out, schedule)
     q_nope, q_pe = (within_int32(q, 1, 2) for q in (q_nope, q_pe))
     causal = causal and s_q > 1
     made = _made(board, q_nope.dtype, page_size, rows, causal)

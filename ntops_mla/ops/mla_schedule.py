@@ -6,7 +6,6 @@ import functools
 
 import torch
 
-from ntops_mla import interpreter
 from ntops_mla.board import Board, Needed, board_of
 from ntops_mla.kernel import Kernel
 from ntops_mla.ops import _check
@@ -29,30 +28,39 @@ def mla_schedule(seq_lens: torch.Tensor, rows: int, num_parts: int | None = None
     ceil(blocks[b] / share));  first[b] = splits[0] + ... + splits[b - 1]
 
     seq_lens: int32 `[B]`, with the new tokens. rows: s_q H, the queries of a request. num_parts: how many splits of
-    equal size would fill the device, None: two for each of its processors, by the programs that 64 rows make. Returns
-    int32 `[B + num_parts, 4]`: row first[b] + i is (b, first key of split i, key behind its last one, .), rows that are
-    not used are (-1, 0, 0, .), and the last column is first and zeros. A request's last split ends at 2^31 - 1, for
-    which decode takes the length that it finds: with other lengths than these a schedule is unfair and never wrong.
-    Nothing waits for the device. Raises TypeError or ValueError that names the argument. Source: deepseek-ai/FlashMLA,
-    get_mla_metadata.
+    equal size would fill the device, None: two for each of its processors, over the programs of 64 rows that a split
+    is. Returns int32 `[B + num_parts, 4]`: row first[b] + i is (b, first key of split i, key behind its last one, .),
+    rows that are not used are (-1, 0, 0, .), and the last column is first and zeros. A request's last split ends at
+    2^31 - 1, for which decode takes the length that it finds: with other lengths of as many requests a schedule is
+    unfair and never wrong. Nothing waits for the device. Raises TypeError or ValueError that names the argument.
+    Source: deepseek-ai/FlashMLA, get_mla_metadata.
     """
     return torch.ops.ntops_mla.mla_schedule(seq_lens, rows, num_parts)
 
 
 def decode_schedule(seq_lens: torch.Tensor, rows: int, keys: int) -> torch.Tensor | None:
-    """The schedule of decode calls of `rows` = s_q H rows and at most `keys` keys a request; None where it would bring
-    nothing: a CPU computes all requests in turn, there is one request, or requests are too short to be cut."""
-    device = seq_lens.device
-    if seq_lens.shape[0] < 2 or keys <= SPLIT_KEYS or (device.type == "cpu" and not interpreter.enabled()):
+    """The schedule of decode calls of `rows` = s_q H rows and at most `keys` keys a request.
+
+    None where its kernel does not run, and where it is not wanted: of one request equal splits are fair, short ones are
+    never cut, and as many as there are parts fill the device whole, without float32 parts to write and join. (Then a
+    request far longer than all others together is the last one to end.)
+    """
+    batch = seq_lens.shape[0]
+    if batch < 2 or keys <= SPLIT_KEYS or batch >= _parts(seq_lens.device, rows, None):
+        return None
+    if not torch.compiler.is_compiling() and mla_schedule.explain(seq_lens, rows).backend != "kernel":
         return None
     return mla_schedule(seq_lens, rows)
 
 
 def _parts(device: torch.device, rows: int, num_parts: int | None) -> int:
-    """Two programs on each processor, as `_split.split` wants them, unless it is said."""
+    """Two programs on each processor, as `_split.split` wants them, unless it is said; 1 where no kernel runs."""
     if num_parts is not None:
         return num_parts
-    return max(1, 2 * board_of(detect(device)).processors // -(-max(rows, 1) // _ROWS))
+    detection = detect(device)
+    if detection.platform is None:
+        return 1
+    return max(1, 2 * board_of(detection).processors // -(-max(rows, 1) // _ROWS))
 
 
 def _check_args(seq_lens, rows, num_parts):

@@ -83,10 +83,10 @@ def _decode(problem) -> Iterator[Way | Absent]:
     heads, keys = problem.args[0].shape[2], problem.block_table.shape[1] * PAGE
     schedule = decode_schedule(problem.seq_lens, problem.s_q * heads, keys)
     if schedule is None:
-        yield Absent(SCHEDULED, CALL, "nothing to share out: one request, short ones, or PyTorch on a CPU")
+        yield Absent(SCHEDULED, CALL, "not wanted: one request, short ones, a device that is full, or PyTorch runs")
     else:
         run = lambda: ops.mla_decode(*args, schedule=schedule)  # noqa: E731
-        way = Way(SCHEDULED, CALL, run, backend=backend, note="each request in the same number of splits")
+        way = Way(SCHEDULED, CALL, run, backend=backend, note="the schedule made before")
         yield from _with_graph(problem, way)
     choice = ops.mla_decode.explain(*args)
     if choice.backend != "kernel":

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ntops_mla import ops
+from ntops_mla import flash_mla, ops
 from ntops_mla.devices import detect, device_module, side_stream, synchronize
 from tests.device.on_device import (
     DTYPES,
@@ -105,6 +105,25 @@ def test_a_graph_of_scheduled_decode_is_replayed_with_other_lengths(device, stal
     for lengths in ROUNDS:
         args = buffers.load(lengths)
         agree_decode(args, *replayed(captured, device))
+
+
+def test_a_graph_of_flash_mla_is_replayed_with_other_lengths(device):
+    """Two layers with one pair of metadata, whose schedule is made within the graph."""
+    buffers = Buffers(device, torch.bfloat16, 1, pick(16, 3))
+    buffers.load(ROUNDS[0])
+
+    def layers():
+        meta, splits = flash_mla.get_mla_metadata()
+        given = buffers.q, buffers.cache[:, :, None], buffers.table, buffers.seq_lens, 512, meta, splits
+        results = [flash_mla.flash_mla_with_kvcache(*given, causal=True) for _ in range(2)]
+        return [value for result in results for value in result]
+
+    captured = capture(device, layers)
+    for lengths in ROUNDS:
+        args = buffers.load(lengths)
+        results = replayed(captured, device)
+        for out, lse in (results[:2], results[2:]):
+            agree_decode(args, out, lse.masked_fill(lse == float("inf"), float("-inf")))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)

@@ -1,9 +1,14 @@
 """mla_schedule's kernel against Python's integers, and mla_decode and mla_decode_fp8 by its schedule."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
+import ntops_mla
 from ntops_mla import MLA, LatentCache, MLAConfig, dispatch, flash_mla, ops
+from ntops_mla.decode_graph import _Buffers
 from ntops_mla.ops.mla_schedule import decode_schedule
 from tests.interpreted.numerics import DTYPES, by_kernel, check_decode
 from tests.interpreted.test_mla_decode_fp8 import check as check_fp8
@@ -97,8 +102,11 @@ def test_when_a_schedule_is_made():
     long = lists([700, 5])
     assert decode_schedule(long, 16, 704).shape == (2 + 8, 4)  # two programs on each of the interpreter's 4 processors
     assert decode_schedule(long, 128, 704).shape == (2 + 4, 4)  # which are two blocks of rows each
-    assert decode_schedule(long, 100_000, 704).shape == (2 + 1, 4)
     assert decode_schedule(long[:1], 16, 704) is None and decode_schedule(long, 16, 256) is None
+    # As many requests as there are parts, or more, fill the device.
+    assert decode_schedule(long.repeat(4), 16, 704) is None and decode_schedule(long, 256, 704) is None
+    with ntops_mla.use("reference"):
+        assert decode_schedule(long, 16, 704) is None
 
 
 @pytest.fixture
@@ -132,6 +140,36 @@ def test_a_step_makes_one_for_all_its_layers(layers, kv_format):
     assert len(made) == 1
     (group,) = step.plan().absorbed
     check(group.schedule(2, 64), [401, 6], 8)
+
+
+def test_each_pass_of_a_graphs_buffers_makes_one(layers):
+    """What is captured computes the schedule of the lengths that each replay finds, once for all layers."""
+    cache = LatentCache(layers[0].cfg, num_pages=16, num_layers=2, dtype=torch.float32)
+    for layer in range(2):
+        cache.fill(0, torch.randn(600, 512), torch.randn(600, 64), layer)
+        cache.fill(1, torch.randn(5, 512), torch.randn(5, 64), layer)
+    buffers, seen = _Buffers(cache, 2, 16, 64, torch.float32), []
+
+    def both(x, step):
+        for mla in layers:
+            x = mla(x, step)
+            seen.append(step.plan().absorbed[0].schedule(2, 64))
+        return x
+
+    for requests, lengths in (([0, 1], [601, 6]), ([1, 0], [6, 601])):
+        x, step = torch.randn(2, 64), cache.step(requests, [1, 1])
+        buffers.fill(x, step)
+        out = buffers.run(both)
+        first, second = seen[-2:]
+        assert first is second
+        check(first, lengths, 8)
+        held = [storage.clone() for storage in cache.storage]
+        with ntops_mla.use("reference"):
+            torch.testing.assert_close(out, buffers.run(both), rtol=1e-4, atol=1e-5)
+        for storage, before in zip(cache.storage, held):
+            torch.testing.assert_close(storage, before, rtol=1e-4, atol=1e-5)
+        del seen[-2:]
+    assert len({id(schedule) for schedule in seen}) == 2
 
 
 def metadata_call(meta, lengths, heads=2):
@@ -169,15 +207,37 @@ def test_metadata_keeps_a_schedule_until_the_lengths_change():
 
 
 def test_stale_metadata_is_named_where_values_are_looked_at(monkeypatch):
-    """Only writes that are not counted, those of inference mode, leave metadata stale."""
+    """Only writes that PyTorch does not count leave metadata stale."""
+    meta, _ = flash_mla.get_mla_metadata()
+    given, _ = metadata_call(meta, [700, 3, 0])
+    flash_mla.flash_mla_with_kvcache(**given)
+    given["cache_seqlens"].data[0] = 1
+    unfair, _ = flash_mla.flash_mla_with_kvcache(**given)
+    monkeypatch.setenv("NTOPS_MLA_CHECK", "1")
+    dispatch.reset()
+    with pytest.raises(ValueError, match="tile_scheduler_metadata must be made of these cache_seqlens"):
+        flash_mla.flash_mla_with_kvcache(**given)
+    given["tile_scheduler_metadata"], _ = flash_mla.get_mla_metadata()
+    torch.testing.assert_close(flash_mla.flash_mla_with_kvcache(**given)[0], unfair, rtol=1e-4, atol=1e-5)
+
+
+def test_lengths_of_inference_mode_are_scheduled_anew_in_each_call(monkeypatch):
     monkeypatch.setenv("NTOPS_MLA_CHECK", "1")
     dispatch.reset()
     with torch.inference_mode():
         meta, _ = flash_mla.get_mla_metadata()
         given, _ = metadata_call(meta, [700, 3, 0])
-        flash_mla.flash_mla_with_kvcache(**given)
-        given["cache_seqlens"][0] = 1
-        with pytest.raises(ValueError, match="tile_scheduler_metadata must be made of these cache_seqlens"):
-            flash_mla.flash_mla_with_kvcache(**given)
-        given["tile_scheduler_metadata"], _ = flash_mla.get_mla_metadata()
-        flash_mla.flash_mla_with_kvcache(**given)
+        for length in (700, 1, 300):
+            given["cache_seqlens"][0] = length
+            with dispatch.record() as ran:
+                flash_mla.flash_mla_with_kvcache(**given)
+            assert ran["mla_schedule"].backend == "kernel"
+
+
+def test_used_metadata_can_be_sent_to_another_process():
+    meta, _ = flash_mla.get_mla_metadata()
+    given, _ = metadata_call(meta, [700, 3, 0])
+    flash_mla.flash_mla_with_kvcache(**given)
+    for other in (pickle.loads(pickle.dumps(meta)), copy.deepcopy(meta)):
+        assert other == meta
+        flash_mla.flash_mla_with_kvcache(**{**given, "tile_scheduler_metadata": other})
