@@ -28,8 +28,9 @@ from ntops_mla.ops import _fp8
 from ntops_mla.testing import DECODE_LSE, DECODE_OUT, FP8_OUT, PREFILL_LSE, PREFILL_OUT, Tolerance
 
 # A product of rows that were rounded to two bytes before: each of its terms is off by 2^-9 / sqrt(3) on average, which
-# makes 1.2e-3 of outputs of size 1. Twelve times that, and the output's own rounding, twice where it is scaled after.
-PROJECTED = Tolerance(1.5e-2, 2**-8, 5e-6, both=True)
+# makes 1.2e-3 of outputs of size 1. Twelve times that, and the output's own rounding, 2^-8 of what lies just above a
+# power of two, twice where it is scaled after.
+PROJECTED = Tolerance(1.5e-2, 2**-7, 5e-6, both=True)
 _ROWS = 512  # of scores held at once
 
 
