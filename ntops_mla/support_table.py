@@ -82,7 +82,7 @@ def cell(
     runs: Sequence[dict],
 ) -> str:
     """What was proven of an op in a dtype on a platform."""
-    (dtype,) = ops.get(op).tried_in((dtype,))[:1]
+    dtype = ops.get(op).tried_in((dtype,))[0]
     gate = platform.gate(op, dtype)
     if gate.mode == "reference":
         return "PyTorch"

@@ -24,14 +24,6 @@ def lengths(op: str, cache_seqlens: object) -> None:
     _check.dtype(op, "cache_seqlens", cache_seqlens, (torch.int32,))
 
 
-def count(op: str, name: str, value: object, least: int) -> None:
-    """`value` is an integer, at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
-        raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
-
-
 def scale(op: str, softmax_scale: float | None, q: torch.Tensor) -> float:
     """softmax_scale, None: 1 / sqrt of q's columns."""
     return max(q.shape[-1], 1) ** -0.5 if softmax_scale is None else number(op, "softmax_scale", softmax_scale)
@@ -47,7 +39,7 @@ def number(op: str, name: str, value: object) -> float:
 
 def columns(op: str, q: torch.Tensor, name: str, value: object, *, fp8: bool = False) -> None:
     """`value`, the columns of the value, fit q; FlashMLA's other layout is refused by its name."""
-    count(op, name, value, 1)
+    _check.count(op, name, value, 1)
     if q.shape[-1] == 512:
         raise NotImplementedError(f"{op}: q: {_MODEL1}")
     if fp8:

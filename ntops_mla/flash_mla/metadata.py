@@ -131,7 +131,7 @@ def get_mla_metadata(
         ("topk", topk),
     ):
         if value is not None:
-            _arguments.count(op, name, value, 1)
+            _check.count(op, name, value, 1)
     if num_heads_k is not None and num_heads_k != 1:
         raise ValueError(f"{op}: num_heads_k must be 1, the latent that all heads share, got {num_heads_k}")
     meta._rows_per_head_k = num_heads_per_head_k if num_heads_per_head_k is not None else num_q_tokens_per_head_k

@@ -134,7 +134,7 @@ def flash_attn_varlen_kvpacked_func(
 def _packed(op, name, value, shape, before, head_dim_qk):
     """`before` times head_dim_qk columns come before the value's."""
     _check.tensor(op, name, value, shape, 3)
-    _arguments.count(op, "head_dim_qk", head_dim_qk, 1)
+    _check.count(op, "head_dim_qk", head_dim_qk, 1)
     if before * head_dim_qk >= value.shape[2]:
         raise ValueError(
             f"{op}: head_dim_qk must leave columns for the value, got {head_dim_qk} for {name} of {value.shape[2]} "
@@ -160,7 +160,7 @@ def _check_prefill(op, q, k, v, cu_seqlens_qo, cu_seqlens_kv):
 
 def _check_longest(op, name, longest, rows, total, batch, is_varlen):
     """What can be said of max_seqlen without the lengths, which lie on the device."""
-    _arguments.count(op, name, longest, 0)
+    _check.count(op, name, longest, 0)
     if longest * batch < total:
         raise ValueError(
             f"{op}: {name} must be at least the longest request, got {longest} for {batch} requests and "

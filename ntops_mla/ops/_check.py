@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 
 from ntops_mla.ops._op import FLOATS
@@ -53,6 +55,14 @@ def number(op: str, name: str, value: object, *, positive: bool = False) -> None
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
     if positive and not value > 0:
         raise ValueError(f"{op}: {name} must be positive, got {value}")
+
+
+def count(op: str, name: str, value: object, least: int) -> None:
+    """`value` is an integer, at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
 
 
 def flag(op: str, name: str, value: object) -> None:

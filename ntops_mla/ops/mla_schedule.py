@@ -67,13 +67,9 @@ def _check_args(seq_lens, rows, num_parts):
     op = "mla_schedule"
     _check.tensor(op, "seq_lens", seq_lens, "[B]", 1)
     _check.dtype(op, "seq_lens", seq_lens, (torch.int32,))
-    for name, value, least in (("rows", rows, 0), ("num_parts", num_parts, 1)):
-        if value is None and name == "num_parts":
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-            raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
-        if value < least:
-            raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
+    _check.count(op, "rows", rows, 0)
+    if num_parts is not None:
+        _check.count(op, "num_parts", num_parts, 1)
 
 
 def _reference(seq_lens, rows, num_parts):
@@ -88,15 +84,14 @@ def _reference(seq_lens, rows, num_parts):
     row = torch.arange(len(schedule), device=device)
     # [B + parts], B where the row is not used
     request = torch.searchsorted(first[1:], row, right=True)
-    known = request.clamp(max=max(batch - 1, 0))
+    used, known = request < batch, request.clamp(max=max(batch - 1, 0))
     if batch:
         keys = (blocks + splits - 1) // splits * UNIT
         split = row - first[known]
-        used = request < batch
         schedule[:, 1] = torch.where(used, split * keys[known], 0)
         end = torch.where(split < splits[known] - 1, (split + 1) * keys[known], _OPEN)
         schedule[:, 2] = torch.where(used, end, 0)
-    schedule[:, 0] = torch.where(request < batch, request, -1)
+    schedule[:, 0] = torch.where(used, request, -1)
     schedule[: batch + 1, 3] = first
     return schedule
 
