@@ -4,10 +4,11 @@ lse = log sum_i exp(part_lse[i]);  out = sum_i exp(part_lse[i] - lse) part[i]
 
 part float32 `[B, num_splits, s_q * H, C]`, part_lse float32 `[B, num_splits, s_q, H]`, seq_lens int32 `[B]` -> out
 `[B, s_q, H, C]`, lse float32 `[B, s_q, H]` (any strides). Only the splits that hold keys are read; their number follows
-from seq_len as it does in `mla_decode`. `planned`: part is `[1, n, s_q * H, C]`, part_lse `[1, n, s_q, H]`, and which
-splits are a request's stands in the last column of schedule int32 `[n, 4]`, as `mla_schedule` writes it; otherwise
-schedule is any int32 `[., .]` that is not looked at. One program per row: a loop over the splits with the row in
-registers, so that no two-dimensional tile is reduced over its first axis, which not every compiler can do.
+from seq_len as it does in `mla_decode`. `planned`: part is `[n, 1, s_q * H, C]`, part_lse `[n, 1, s_q, H]`, and which
+of them are a request's stands in the last column of schedule int32 `[n, 4]`, as `mla_schedule` writes it; a request
+that is not cut has its result already. Otherwise schedule is any int32 `[., .]` that is not looked at. One program per
+row: a loop over the splits with the row in registers, so that no two-dimensional tile is reduced over its first axis,
+which not every compiler can do.
 
 Source: arXiv 2205.14135, section 3.1.
 """
@@ -20,13 +21,13 @@ def arrangement(part, part_lse, seq_lens, schedule, least, planned, block_n, out
     batch = seq_lens.shape[0]
     latent = part.shape[3]
 
-    # (B, rows) x (B or 1, splits) x (C,)
+    # (B, rows) x (B or n, splits or 1) x (C,)
     part_arranged = part.tile((1, 1, 1, latent)).tile((-1, -1, 1, 1)).squeeze((1, 3)).expand((batch, -1))
     part_arranged.dtype = part_arranged.dtype.squeeze((2, 3))
     part_arranged.dtype.dtype = part_arranged.dtype.dtype.squeeze((0, 1, 2))
     rows = part_arranged.shape[1]
 
-    # (B, rows) x (B or 1, splits) x ()
+    # (B, rows) x (B or n, splits or 1) x ()
     part_lse_arranged = part_lse.flatten(start_dim=2, end_dim=4).tile((1, 1, 1)).tile((-1, -1, 1)).squeeze(1)
     part_lse_arranged = part_lse_arranged.expand((batch, -1))
     part_lse_arranged.dtype = part_lse_arranged.dtype.squeeze(2)
@@ -65,14 +66,14 @@ def arrangement(part, part_lse, seq_lens, schedule, least, planned, block_n, out
 def application(part, part_lse, seq_lens, schedule, least, planned, block_n, out, lse):
     request = seq_lens.offsets(0)
     batch = ntl.cast(request, ntl.int64)
-    # This request's splits: [first, last) of row `place`
+    # This request's splits: [first, last)
     if planned:
-        place = batch * 0
         # Within the parts, whatever it holds
         first = ntl.maximum(schedule[request, 3], 0)
-        last = ntl.minimum(schedule[request + 1, 3], part.shape[1])
+        last = ntl.minimum(schedule[request + 1, 3], part.shape[0])
+        if schedule[request + 1, 3] - schedule[request, 3] == 1:
+            return
     else:
-        place = batch
         seq_len = seq_lens
         num_splits = part.source.shape[1]
         num_blocks = (seq_len + block_n - 1) // block_n
@@ -83,7 +84,13 @@ def application(part, part_lse, seq_lens, schedule, least, planned, block_n, out
     acc = ntl.zeros((part.dtype.shape[0],), dtype=ntl.float32)
     m = ntl.cast(-1.0e30, ntl.float32)
     total = ntl.cast(0.0, ntl.float32)
-    for split in range(first, last):
+    for index in range(first, last):
+        if planned:
+            place = ntl.cast(index, ntl.int64)
+            split = 0
+        else:
+            place = batch
+            split = index
         # []
         s = part_lse[place, split]
         # A row may see none of a split's keys: its lse there is -inf and it weighs nothing

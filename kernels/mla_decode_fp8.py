@@ -7,7 +7,8 @@ q_nope `[B, s_q, H, 512]`, q_pe `[B, s_q, H, 64]`; of each token's 656 bytes the
 page_size, 512]`, the next 16 as scales, float32 `[pages, page_size, 4]`, and the last 128 in pe, a page's bytes as
 bfloat16, `[pages, page_size * 328]`; block_table int32 `[B, max_pages]`, seq_lens int32 `[B]` -> out `[B, num_splits,
 s_q * H, 512]`, lse float32 `[B, num_splits, s_q, H]`, of each split's own keys; `mla_combine` joins the splits. Rows,
-splits, `planned`, masks and sentinels are as in `mla_decode`; schedule int32 `[n, 4]`.
+splits, `planned`, masks and sentinels are as in `mla_decode`; schedule int32 `[n, 4]`, whole `[B, s_q, H, 512]`,
+whole_lse `[B, s_q, H]`.
 
 - A tile of keys is dequantised once, for all rows of a program: scale * code in float32, rounded to the queries' dtype.
   It goes by groups of 128 columns, each with its own accumulator: a tile of 512 is more float32 values than registers.
@@ -33,9 +34,9 @@ from ninetoothed import Tensor
 
 def arrangement(
     q_nope, q_pe, codes, scales, pe, block_table, seq_lens, schedule, softmax_scale, least, causal, planned, block_n,
-    hardware, out, lse, block_h,
+    hardware, out, lse, whole, whole_lse, block_h,
 ):  # fmt: skip
-    # B and num_splits; planned: 1 and n
+    # B and num_splits; planned: n and 1
     batch = out.shape[0]
     num_splits = out.shape[1]
     rope = q_pe.shape[3]
@@ -84,6 +85,12 @@ def arrangement(
     lse_arranged = lse.flatten(start_dim=2, end_dim=4).tile((1, 1, block_h))
     lse_arranged.dtype = lse_arranged.dtype.squeeze((0, 1))
 
+    # (B, num_splits, row blocks) x (B,) x (block_h,)
+    whole_lse_arranged = whole_lse.flatten(start_dim=1, end_dim=3).tile((1, block_h)).tile((-1, 1))
+    whole_lse_arranged = whole_lse_arranged.unsqueeze(1).expand((batch, num_splits, -1))
+    whole_lse_arranged.dtype = whole_lse_arranged.dtype.squeeze(1)
+    whole_lse_arranged.dtype.dtype = whole_lse_arranged.dtype.dtype.squeeze(0)
+
     return (
         q_nope_arranged,
         rows(q_pe, rope),
@@ -101,6 +108,8 @@ def arrangement(
         hardware,
         out_arranged,
         lse_arranged,
+        rows(whole, 128),
+        whole_lse_arranged,
     )
 
 
@@ -120,14 +129,15 @@ def dequantized(byte, scale, hardware, like):
 
 def application(
     q_nope, q_pe, codes, scales, pe, block_table, seq_lens, schedule, softmax_scale, least, causal, planned, block_n,
-    hardware, out, lse,
+    hardware, out, lse, whole, whole_lse,
 ):  # fmt: skip
-    split = lse.offsets(1)
     if planned:
+        split = lse.offsets(0)
         # Nobody's is -1. What else lies outside the batch was never written: it is not followed.
         row = schedule[split, 0]
         idle = (row < 0) | (row >= seq_lens.shape[0])
     else:
+        split = lse.offsets(1)
         row = lse.offsets(0)
     seq_len = seq_lens[row]
     num_blocks = (seq_len + block_n - 1) // block_n
@@ -246,6 +256,14 @@ def application(
 
     # A row without keys: out 0, lse -inf
     divisor = ntl.where(total == 0, 1.0, total)
+    if planned:
+        if schedule[row + 1, 3] - schedule[row, 3] == 1:
+            whole[batch, 0] = acc0 / divisor[:, None]
+            whole[batch, 1] = acc1 / divisor[:, None]
+            whole[batch, 2] = acc2 / divisor[:, None]
+            whole[batch, 3] = acc3 / divisor[:, None]
+            whole_lse[batch] = ntl.where(total == 0, float("-inf"), (m + ntl.log2(divisor)) * 0.6931471805599453)
+            return
     out[target, 0] = acc0 / divisor[:, None]
     out[target, 1] = acc1 / divisor[:, None]
     out[target, 2] = acc2 / divisor[:, None]
@@ -272,5 +290,7 @@ def premake(page_size, block_h, block_n, hardware, dtype=None):
         Tensor(0, constexpr=True, name="hardware"),
         Tensor(shape=(None, None, None, 512), name="out"),
         Tensor(4, name="lse"),
+        Tensor(shape=(None, None, None, 512), name="whole"),
+        Tensor(3, name="whole_lse"),
     )
     return functools.partial(arrangement, block_h=block_h), application, tensors

@@ -33,18 +33,26 @@ def arrangement(seq_lens, unit, least, schedule):
     return seq_lens_arranged, unit, least, schedule_arranged
 
 
+def blocks_of(lengths, unit):
+    # Of the largest int32, too
+    return (ntl.maximum(lengths, 1) - 1) // unit + ntl.minimum(ntl.maximum(lengths, 0), 1)
+
+
 def application(seq_lens, unit, least, schedule):
     request = ntl.program_id(0)
     batch = seq_lens.shape[0]
     rows = schedule.shape[0]
     parts = rows - batch
 
-    total = 0
+    # What no table holds may stand in seq_lens: it harms no other request, so the sums are int64
+    total = ntl.cast(0, ntl.int64)
     for start in range(0, batch, 256):
         # [256]
         lengths = seq_lens[start + ntl.arange(0, 256)]
-        total += ntl.sum((ntl.maximum(lengths, 0) + unit - 1) // unit)
-    share = ntl.maximum((total + parts - 1) // parts, least)
+        blocks = blocks_of(lengths, unit)
+        total += ntl.sum(ntl.cast(blocks, ntl.int64))
+    share = ntl.cast(ntl.minimum((total + parts - 1) // parts, 1 << 30), ntl.int32)
+    share = ntl.maximum(share, least)
 
     first = 0
     used = 0
@@ -52,12 +60,12 @@ def application(seq_lens, unit, least, schedule):
         other = start + ntl.arange(0, 256)
         # [256]
         lengths = seq_lens[other]
-        blocks = (ntl.maximum(lengths, 0) + unit - 1) // unit
+        blocks = blocks_of(lengths, unit)
         splits = ntl.maximum((blocks + share - 1) // share, 1)
         used += ntl.sum(ntl.where(other < batch, splits, 0))
         first += ntl.sum(ntl.where(other < request, splits, 0))
 
-    own_blocks = (ntl.maximum(seq_lens[request], 0) + unit - 1) // unit
+    own_blocks = blocks_of(seq_lens[request], unit)
     own = ntl.maximum((own_blocks + share - 1) // share, 1)
     keys = (own_blocks + own - 1) // own * unit
     for start in range(0, own, 256):
@@ -65,8 +73,9 @@ def application(seq_lens, unit, least, schedule):
         # Row -1 is outside the schedule, so that the store is masked
         row = ntl.where(split < own, first + split, -1)
         schedule[row, 0] = split * 0 + request
-        schedule[row, 1] = split * keys
-        schedule[row, 2] = ntl.where(split < own - 1, (split + 1) * keys, 2147483647)
+        start_key = ntl.cast(split, ntl.int64) * keys
+        schedule[row, 1] = ntl.minimum(start_key, 2147483647)
+        schedule[row, 2] = ntl.where(split < own - 1, ntl.minimum(start_key + keys, 2147483647), 2147483647)
     schedule[request, 3] = first
     if request == batch - 1:
         schedule[batch, 3] = used

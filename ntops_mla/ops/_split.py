@@ -83,21 +83,14 @@ def parts(
     out: torch.Tensor, splits: int, schedule: torch.Tensor | None = None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Room for the splits' results, where there are several: `[B, splits, s_q * H, C]`, `[B, splits, s_q, H]`; those of
-    a schedule: `[1, n, s_q * H, C]`, `[1, n, s_q, H]`."""
+    a schedule: `[n, 1, s_q * H, C]`, `[n, 1, s_q, H]`."""
     batch, s_q, heads, latent = out.shape
     if schedule is not None:
-        batch, splits = 1, schedule.shape[0]
+        batch, splits = schedule.shape[0], 1
     elif splits == 1:
         return None, None
     part = torch.empty(batch, splits, s_q * heads, latent, dtype=torch.float32, device=out.device)
     return part, torch.empty(batch, splits, s_q, heads, dtype=torch.float32, device=out.device)
-
-
-def usable(out: torch.Tensor, schedule: torch.Tensor | None) -> torch.Tensor | None:
-    """The schedule, None where its parts would be more than int32 offsets reach: some 32768 requests of 128 heads."""
-    if schedule is not None and schedule.shape[0] * out.shape[1:].numel() >= 2**31:
-        return None
-    return schedule
 
 
 def check_schedule(op: str, q_nope: torch.Tensor, num_splits: int | None, schedule: object) -> None:
@@ -120,12 +113,12 @@ def check_schedule(op: str, q_nope: torch.Tensor, num_splits: int | None, schedu
 def launch(
     made: Made, inputs: tuple, key: tuple, seq_lens, schedule, least: int, planned: bool, out, lse, part, part_lse
 ) -> None:
-    """`made.attend(*inputs, out, lse)`, or of parts and `made.combine` of them. schedule: where `planned` is False, any
-    int32 `[., .]`, which nobody looks at."""
+    """`made.attend(*inputs, ...)` into out and lse, or into parts and `made.combine` of them. schedule: where `planned`
+    is False, any int32 `[., .]`, which nobody looks at."""
     # [B, s_q, H]
     lse_rows = lse.transpose(1, 2)
     if part is None:
-        made.attend(*inputs, out.flatten(1, 2)[:, None], lse_rows[:, None], key=key)
+        made.attend(*inputs, out.flatten(1, 2)[:, None], lse_rows[:, None], out, lse_rows, key=key)
         return
-    made.attend(*inputs, part, part_lse, key=key)
+    made.attend(*inputs, part, part_lse, out, lse_rows, key=key)
     made.combine(part, part_lse, seq_lens, schedule, least, planned, made.block_n, out, lse_rows, key=key)

@@ -12,7 +12,7 @@ from ntops_mla.ops import _check, _inspect, _split
 from ntops_mla.ops._attention import side_by_side
 from ntops_mla.ops._op import register
 from ntops_mla.ops._paged import Paged, attend_paged
-from ntops_mla.ops._split import Made, check_schedule, make, needed, parts, plan, refuse_far_slots, usable
+from ntops_mla.ops._split import Made, check_schedule, make, needed, parts, plan, refuse_far_slots
 from ntops_mla.ops.latent_append import LATENT_SIZES
 from ntops_mla.ops.mla_schedule import mla_schedule
 from ntops_mla.platform import Platform, Tile
@@ -195,7 +195,6 @@ def _kernel(
     out, lse = results(q_nope)
     if not out.numel():
         return out, lse
-    schedule = usable(out, schedule)
     q_nope, q_pe = (within_int32(q, 1, 2) for q in (q_nope, q_pe))
     refuse_far_slots(kv_cache=kv_cache, pe_cache=pe_cache)
     causal = causal and s_q > 1

@@ -12,7 +12,7 @@ from ntops_mla.ops import _check, _inspect
 from ntops_mla.ops._fp8 import GROUPS, LATENT, ROPE, TOKEN_BYTES, dequantize, quantize_into
 from ntops_mla.ops._op import register
 from ntops_mla.ops._paged import Paged, attend_paged
-from ntops_mla.ops._split import Made, check_schedule, launch, make, needed, parts, plan, usable
+from ntops_mla.ops._split import Made, check_schedule, launch, make, needed, parts, plan
 from ntops_mla.ops.mla_decode import (
     check_numbers,
     check_queries,
@@ -164,7 +164,6 @@ def _kernel(board: Board, q_nope, q_pe, cache, block_table, seq_lens, softmax_sc
     out, lse = results(q_nope)
     if not out.numel():
         return out, lse
-    schedule = usable(out, schedule)
     q_nope, q_pe = (within_int32(q, 1, 2) for q in (q_nope, q_pe))
     causal = causal and s_q > 1
     made = _made(board, q_nope.dtype, page_size, rows, causal)

@@ -19,6 +19,9 @@ UNIT = 128
 _OPEN = 2**31 - 1
 # Rows of a program of decode, as FlashMLA counts them when it shares out its processors.
 _ROWS = 64
+# Requests for each part from which on nothing is cut: mla_combine has a program for each row of a request, which only
+# finds that there is nothing to join, and those of so many would take a tenth of decode's time.
+_WAVES = 4
 
 
 def mla_schedule(seq_lens: torch.Tensor, rows: int, num_parts: int | None = None) -> torch.Tensor:
@@ -42,11 +45,10 @@ def decode_schedule(seq_lens: torch.Tensor, rows: int, keys: int) -> torch.Tenso
     """The schedule of decode calls of `rows` = s_q H rows and at most `keys` keys a request.
 
     None where its kernel does not run, and where it is not wanted: of one request equal splits are fair, short ones are
-    never cut, and as many as there are parts fill the device whole, without float32 parts to write and join. (Then a
-    request far longer than all others together is the last one to end.)
+    never cut, and of very many the longest is a small part of the whole.
     """
     batch = seq_lens.shape[0]
-    if batch < 2 or keys <= SPLIT_KEYS or batch >= _parts(seq_lens.device, rows, None):
+    if batch < 2 or keys <= SPLIT_KEYS or batch >= _WAVES * _parts(seq_lens.device, rows, None):
         return None
     if not torch.compiler.is_compiling() and mla_schedule.explain(seq_lens, rows).backend != "kernel":
         return None
@@ -77,7 +79,7 @@ def _reference(seq_lens, rows, num_parts):
     num_parts = _parts(device, rows, num_parts)
     schedule = torch.zeros(batch + num_parts, 4, dtype=torch.int32, device=device)
     blocks = (seq_lens.long().clamp(min=0) + UNIT - 1) // UNIT
-    share = ((blocks.sum() + num_parts - 1) // num_parts).clamp(min=SPLIT_KEYS // UNIT)
+    share = ((blocks.sum() + num_parts - 1) // num_parts).clamp(SPLIT_KEYS // UNIT, 1 << 30)
     splits = ((blocks + share - 1) // share).clamp(min=1)
     first = torch.zeros(batch + 1, dtype=torch.int64, device=device)
     torch.cumsum(splits, 0, out=first[1:])
@@ -88,8 +90,8 @@ def _reference(seq_lens, rows, num_parts):
     if batch:
         keys = (blocks + splits - 1) // splits * UNIT
         split = row - first[known]
-        schedule[:, 1] = torch.where(used, split * keys[known], 0)
-        end = torch.where(split < splits[known] - 1, (split + 1) * keys[known], _OPEN)
+        schedule[:, 1] = torch.where(used, split * keys[known], 0).clamp(max=_OPEN)
+        end = torch.where(split < splits[known] - 1, (split + 1) * keys[known], _OPEN).clamp(max=_OPEN)
         schedule[:, 2] = torch.where(used, end, 0)
     schedule[:, 0] = torch.where(used, request, -1)
     schedule[: batch + 1, 3] = first

@@ -83,7 +83,7 @@ def _decode(problem) -> Iterator[Way | Absent]:
     heads, keys = problem.args[0].shape[2], problem.block_table.shape[1] * PAGE
     schedule = decode_schedule(problem.seq_lens, problem.s_q * heads, keys)
     if schedule is None:
-        yield Absent(SCHEDULED, CALL, "not wanted: one request, short ones, a device that is full, or PyTorch runs")
+        yield Absent(SCHEDULED, CALL, "not wanted: one request, short ones, very many, or PyTorch runs")
     else:
         run = lambda: ops.mla_decode(*args, schedule=schedule)  # noqa: E731
         way = Way(SCHEDULED, CALL, run, backend=backend, note="the schedule made before")
@@ -124,7 +124,7 @@ def kernels(problem, tile: Tile | None = None) -> Iterator[Way]:
         if splits == 1:
             both()
         else:
-            made.attend(*inputs, causal, False, made.block_n, part, part_lse)
+            made.attend(*inputs, causal, False, made.block_n, part, part_lse, out, lse.transpose(1, 2))
 
     numbers = None if tile is None else {**tile.blocks, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
     note = f"splits {splits}"

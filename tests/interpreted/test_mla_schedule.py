@@ -1,6 +1,7 @@
 """mla_schedule's kernel against Python's integers, and mla_decode and mla_decode_fp8 by its schedule."""
 
 import copy
+import importlib
 import pickle
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import ntops_mla
 from ntops_mla import MLA, LatentCache, MLAConfig, dispatch, flash_mla, ops
 from ntops_mla.decode_graph import _Buffers
+from ntops_mla.ops import _split
 from ntops_mla.ops.mla_schedule import decode_schedule
 from tests.interpreted.numerics import DTYPES, by_kernel, check_decode
 from tests.interpreted.test_mla_decode_fp8 import check as check_fp8
@@ -68,6 +70,47 @@ def test_decode_of_smaller_heads():
     check_decode(args, schedule=by_kernel(ops.mla_schedule, args[5], 16, 3))
 
 
+@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
+def test_a_request_that_is_not_cut_has_no_part(fp8, monkeypatch):
+    """It is written where it belongs, and what lies in its part is not looked at."""
+    name, make, check_results = ("mla_decode_fp8", fp8_inputs, check_fp8) if fp8 else INPUTS
+    args = make([200, 700, 0, 256, 1], heads=3, s_q=2, dtype=torch.float32)
+    made = noted_parts(monkeypatch, name, lambda *given: [x.fill_(float("nan")) for x in _split.parts(*given)])
+    schedule = by_kernel(ops.mla_schedule, args[-2], 16, 4)
+    check_results(args, schedule=schedule)
+    (written,) = ({i for i in range(len(part)) if not part[i].isnan().any()} for part, _ in made)
+    # 700 keys are 6 blocks, and a share is 3 of the 11 blocks
+    assert schedule[:, 0].tolist() == [0, 1, 1, 2, 3, 4, -1, -1, -1] and written == {1, 2}
+    for part in made[0]:
+        assert part[[0, 3, 4, 5]].isnan().all()
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
+def test_parts_further_apart_than_int32_reaches(fp8, monkeypatch, beyond_int32):
+    name, make, check_results = ("mla_decode_fp8", fp8_inputs, check_fp8) if fp8 else INPUTS
+    args = make([1, 700], heads=3, dtype=torch.float32)
+
+    def far(out, splits, schedule):
+        part, part_lse = _split.parts(out, splits, schedule)
+        return beyond_int32(part.shape, (2**30, *part.stride()[1:]), part.dtype), part_lse
+
+    made = noted_parts(monkeypatch, name, far)
+    check_results(args, schedule=by_kernel(ops.mla_schedule, args[-2], 16, 3))
+    assert len(made) == 1
+
+
+INPUTS = "mla_decode", decode_inputs, check_decode
+
+
+def noted_parts(monkeypatch, name, make):
+    """The list of what `make` gave the op in place of `_split.parts`."""
+    made = []
+    # ops.mla_decode is the op
+    module = importlib.import_module(f"ntops_mla.ops.{name}")
+    monkeypatch.setattr(module, "parts", lambda *given: made.append(make(*given)) or made[-1])
+    return made
+
+
 def test_rows_of_nobody_are_not_looked_at():
     """A schedule of many parts, whose unused rows hold anything but a request."""
     args = decode_inputs([300, 2], heads=3, dtype=torch.float32)
@@ -103,8 +146,9 @@ def test_when_a_schedule_is_made():
     assert decode_schedule(long, 16, 704).shape == (2 + 8, 4)  # two programs on each of the interpreter's 4 processors
     assert decode_schedule(long, 128, 704).shape == (2 + 4, 4)  # which are two blocks of rows each
     assert decode_schedule(long[:1], 16, 704) is None and decode_schedule(long, 16, 256) is None
-    # As many requests as there are parts, or more, fill the device.
-    assert decode_schedule(long.repeat(4), 16, 704) is None and decode_schedule(long, 256, 704) is None
+    # So many requests for each part are shares small enough.
+    assert decode_schedule(long.repeat(15), 16, 704) is not None and decode_schedule(long.repeat(16), 16, 704) is None
+    assert decode_schedule(long.repeat(3), 256, 704) is not None and decode_schedule(long.repeat(4), 256, 704) is None
     with ntops_mla.use("reference"):
         assert decode_schedule(long, 16, 704) is None
 
