@@ -27,6 +27,7 @@ _COMMON: dict[str, tuple[dict[str, int], ...]] = {
     "rms_norm": ({"kv_lora_rank": 512}, {"kv_lora_rank": 1536}, {"kv_lora_rank": 7168}),
     "rope": ({"heads": 16}, {"heads": 128}),
     "latent_append": ({}, {"q_heads": 16}),
+    "latent_append_fp8": ({}, {"q_heads": 16}),
     "mla_decode": (
         {"heads": 16},
         {"heads": 32},
@@ -48,7 +49,7 @@ _REST: dict[str, tuple[dict[str, int], ...]] = {
         {"kv_lora_rank": 256, "rope": 32, "q_heads": 40},
         {"page_size": 16, "q_heads": 128},
     ),
-    "latent_append_fp8": ({"page_size": 1}, {"page_size": 128}),
+    "latent_append_fp8": ({"page_size": 1}, {"page_size": 128}, {"page_size": 1, "q_heads": 128}),
     "latent_quantize": ({"page_size": 1}, {"page_size": 128}),
     "latent_dequantize": ({"page_size": 1}, {"page_size": 128}),
     "mla_decode": tuple(

@@ -35,6 +35,7 @@ _CALLS: dict[str, tuple[dict[str, int], ...]] = {
     "rms_norm": ({}, {"kv_lora_rank": 7168}),
     "rope": ({"heads": 20}, {"rope": 32}),
     "latent_append": ({}, {"q_heads": 20}, {"kv_lora_rank": 256, "rope": 32}),
+    "latent_append_fp8": ({}, {"q_heads": 20}),
     "mla_decode": (
         {"heads": 16, "keys": 150, "num_splits": 3},
         {"heads": 16, "keys": 600, "scheduled": True},

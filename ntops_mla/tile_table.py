@@ -41,6 +41,7 @@ KERNELS = {
     "latent_append": Form((), ("latent",)),
     "latent_append_rope": Form(("block_h",), ("latent",)),
     "latent_append_fp8": Form((), ()),
+    "latent_append_fp8_rope": Form(("block_h",), ()),
     "latent_quantize": Form((), ()),
     "latent_dequantize": Form((), ()),
     "mla_decode": Form(("block_h", "block_n", "block_c"), ("rows", "latent", "page_size", "causal")),

@@ -36,6 +36,7 @@ _BLOCKS = {
     "mla_prefill": {"block_m": (16, 32, 64, 128), "block_n": (16, 32, 64)},
     "rope": {"block_h": (8, 16, 32)},
     "latent_append_rope": {"block_h": (8, 16, 32)},
+    "latent_append_fp8_rope": {"block_h": (8, 16, 32)},
 }
 _WARPS = dict.fromkeys((*_ABSORBED, "mla_prefill"), (4, 8))
 _OTHER_WARPS = (1, 2, 4, 8, 16)
@@ -76,6 +77,7 @@ def _cases(dtype: torch.dtype) -> Iterator[Case]:
         yield Case("mla_sparse_fp8", "mla_sparse_fp8", dtype, call, {"rows": heads}, {"rows": rows})
     for name in ("latent_append_fp8", "latent_quantize", "latent_dequantize"):
         yield Case(name, name, dtype, {}, {})
+    yield Case("latent_append_fp8_rope", "latent_append_fp8", dtype, {"q_heads": 128}, {})
     for sizes in ({"nope": 128, "v": 128}, {"nope": 192, "v": 256}):
         width = sizes["nope"] + 64
         yield Case("mla_prefill", "mla_prefill", dtype, {**sizes, "heads": 32}, {"width": width})

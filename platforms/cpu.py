@@ -41,6 +41,7 @@ PLATFORM = Platform(
         _tile("latent_append"),
         _tile("latent_append_rope", block_h=8),
         _tile("latent_append_fp8"),
+        _tile("latent_append_fp8_rope", block_h=8),
         _tile("latent_quantize"),
         _tile("latent_dequantize"),
         _tile("mla_decode", block_h=16, block_n=16, block_c=256),

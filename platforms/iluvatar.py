@@ -71,6 +71,7 @@ PLATFORM = Platform(
         _tile("latent_append", 4),
         _tile("latent_append_rope", 4, block_h=16),
         _tile("latent_append_fp8", 4),
+        _tile("latent_append_fp8_rope", 4, block_h=16),
         _tile("latent_quantize", 4),
         _tile("latent_dequantize", 4),
         _tile("mla_schedule", 4),

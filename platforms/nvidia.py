@@ -219,6 +219,7 @@ PLATFORM = Platform(
         Tile("latent_append", {}, 4, 1, _COMPILED),
         Tile("latent_append_rope", {"block_h": 16}, 4, 1, _COMPILED),
         Tile("latent_append_fp8", {}, 4, 1, _COMPILED),
+        Tile("latent_append_fp8_rope", {"block_h": 16}, 4, 1, _COMPILED),
         Tile("latent_quantize", {}, 4, 1, _COMPILED),
         Tile("latent_dequantize", {}, 4, 1, _COMPILED),
         Tile("mla_schedule", {}, 4, 1, _COMPILED),

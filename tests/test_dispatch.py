@@ -304,6 +304,33 @@ def test_latent_append_through_float32_writes_the_rows_and_nothing_else(on_toy, 
     torch.testing.assert_close(cache, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("heads", [None, 3])
+def test_latent_append_fp8_through_float32_turns_the_queries_where_they_are(on_toy, monkeypatch, quiet, heads):
+    """Rounded to float16 once, columns of a wider q; the cache is the caller's own."""
+    launched = []
+
+    def kernel(platform, kv_a, weight, cos, sin, slots, cache, eps, q_pe):
+        launched.append((kv_a.dtype, weight.dtype, None if q_pe is None else q_pe.dtype, cache.data_ptr()))
+        ops.get("latent_append_fp8").spec.reference(kv_a, weight, cos, sin, slots, cache, eps, q_pe)
+
+    kv_a, weight, cos, sin, slots, cache, *_ = ops.get("latent_append_fp8").example(CPU, torch.float16, tokens=5)
+    slots[3] = -1
+    q = torch.randn(5, heads or 1, 192).to(torch.float16)
+    expected, before = cache.clone(), q.clone()
+    q_pe = None if heads is None else q[..., 128:]
+    with_kernel(monkeypatch, "latent_append_fp8", kernel)
+    assert "cast to float32" in ops.latent_append_fp8.explain(kv_a, weight, cos, sin, slots, cache).reason
+    ops.latent_append_fp8(kv_a, weight, cos, sin, slots, cache, 1e-6, q_pe)
+    wide = torch.float32
+    assert launched == [(wide, wide, None if heads is None else wide, cache.data_ptr())]
+    assert fallbacks(quiet) == [], "or PyTorch wrote them"
+    ops.latent_append_fp8.reference(kv_a, weight, cos, sin, slots, expected, 1e-6)
+    assert torch.equal(cache, expected)
+    assert torch.equal(q[..., :128], before[..., :128])
+    turned = before[..., 128:] if heads is None else ops.rope.reference(before[..., 128:], cos, sin)
+    assert torch.equal(q[..., 128:], turned)
+
+
 # supports()
 
 

@@ -194,7 +194,7 @@ def test_a_step(shapes, form, dtype):
             cache.fill(request, *history(mla, past))
     xs = [tokens(mla, new) for _, new in shapes]
     outs, ran = compared(mla, cache, range(len(shapes)), xs, form)
-    assert {"latent_append_fp8", "rope"} <= ran and not ran & {"latent_append", "mla_decode"}
+    assert "latent_append_fp8" in ran and not ran & {"latent_append", "rope", "mla_decode"}
     assert ("latent_dequantize" in ran) == ("mla_prefill" in ran)
     assert {"absorbed": {"mla_decode_fp8"}, "expanded": {"mla_prefill"}}.get(form, set()) <= ran
     for value, past in zip(outs, shapes):

@@ -237,6 +237,7 @@ KERNELS = {
         {"page_size": 16, "block_h": 8, "latent": 256, "rope": 32},
     ],
     "latent_append_fp8": [{"page_size": 64}, {"page_size": 1}],
+    "latent_append_fp8_rope": [{"page_size": 64, "block_h": 16}, {"page_size": 1, "block_h": 8}],
     "latent_quantize": [{"page_size": 64}, {"page_size": 1}],
     "latent_dequantize": [{"page_size": 64}, {"page_size": 1}],
     "mla_decode": [
@@ -273,6 +274,7 @@ LARGE = {
     "latent_append": {"kv_cache", "pe_cache"},
     "latent_append_rope": {"kv_cache", "pe_cache", "q_pe", "q_out"},
     "latent_append_fp8": {"kv_a_latent", "kv_a_pe", "codes", "scales", "pe_cache"},
+    "latent_append_fp8_rope": {"kv_a_latent", "kv_a_pe", "codes", "scales", "pe_cache", "q_pe", "q_out"},
     "latent_quantize": {"latent", "pe", "codes", "scales", "pe_cache"},
     "latent_dequantize": {"latent", "pe", "codes", "scales", "pe_cache"},
     "mla_decode": {"q_nope", "q_pe", "kv_cache", "pe_cache", "out"},

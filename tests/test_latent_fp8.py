@@ -10,7 +10,21 @@ import tests.test_ops as any_op
 from ntops_mla import ops
 from ntops_mla.ops import _fp8
 from ntops_mla.testing import Tolerance, assert_close
-from tests.test_ops import DTYPES, META, ROUNDED, cast, flat, longer, meta, name_of, norm64, one_more, rope64, turns
+from tests.test_ops import (
+    DTYPES,
+    META,
+    ROUNDED,
+    cast,
+    flat,
+    is_,
+    longer,
+    meta,
+    name_of,
+    norm64,
+    one_more,
+    rope64,
+    turns,
+)
 
 NAMES = ("latent_append_fp8", "latent_quantize", "latent_dequantize")
 # Of a cache as it reads, between two ways to compute the latent: a rounding to bfloat16 that falls otherwise can move a
@@ -61,11 +75,18 @@ def dequantize_inputs(tokens, page_size, dtype, pages=3):
     return cache, torch.randperm(pages * page_size)[:tokens], dtype
 
 
-def arguments(name, dtype, tokens=5):
-    """Of an op of NAMES, strided, with a token that is skipped."""
+def queries(tokens, heads, dtype, strided=True):
+    """Their RoPE columns, as columns of q or by themselves."""
+    q = torch.randn(tokens, heads, 192).to(dtype)
+    return q[..., 128:] if strided else q[..., 128:].contiguous()
+
+
+def arguments(name, dtype, tokens=5, heads=None):
+    """Of an op of NAMES, strided, with a token that is skipped; heads: of latent_append_fp8's queries."""
     pages = -(-tokens // 16) + 2
     if name == "latent_append_fp8":
-        args = [*append_fp8_inputs(tokens, 16, dtype, pages, strided=True), 1e-6]
+        q_pe = None if heads is None else queries(tokens, heads, dtype)
+        args = [*append_fp8_inputs(tokens, 16, dtype, pages, strided=True), 1e-6, q_pe]
     elif name == "latent_quantize":
         args = [*quantize_inputs(tokens, 16, dtype, pages, strided=True)]
     else:
@@ -79,12 +100,15 @@ def exact(name, args):
     """The arguments in float64, with caches of their own; cos and sin are float32 in every op."""
     first = 2 if name != "latent_dequantize" else 0
     wide = [a.double() for a in args[:first]]
-    rest = (a.clone() if isinstance(a, torch.Tensor) else a for a in args[first:])
+    rest = [a.clone() if isinstance(a, torch.Tensor) else a for a in args[first:]]
+    if name == "latent_append_fp8" and rest[-1] is not None:
+        rest[-1] = rest[-1].double()
     return [*wide, *(torch.float64 if isinstance(a, torch.dtype) else a for a in rest)]
 
 
-def check_outcome(name, args, result):
-    """`result`, the rows or the cache that came out of `args` (as they were before), against float64."""
+def check_outcome(name, args, result, q_pe=None):
+    """`result`, the rows or the cache that came out of `args` (as they were before), and the queries that were turned
+    beside it, against float64."""
     wanted = exact(name, args)
     expected = getattr(ops, name).reference(*wanted)
     if expected is not None:  # a product with a power of two is exact, and rounded once
@@ -93,6 +117,8 @@ def check_outcome(name, args, result):
     value, expected = read(result.cpu()), read(any_op.cache_of(name, wanted))
     assert torch.equal(value.isnan(), expected.isnan())  # NaN where nothing is written
     assert_close(value.nan_to_num(0), expected.nan_to_num(0), FLIPPED, name)
+    if q_pe is not None:
+        assert_close(q_pe.cpu(), wanted[-1], ROUNDED[q_pe.dtype], "q_pe")
 
 
 # latent_append_fp8
@@ -155,6 +181,37 @@ def test_append_skips_slot_minus_one(skipped):
     args[0][skipped] = float("nan")  # what is skipped is not looked at
     ops.latent_append_fp8(*args, 1e-5)
     check_rows(args)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("heads", [1, 20])
+def test_append_rotates_queries_where_they_are(heads, dtype):
+    """The same cache as without them, the same bits as rope; skipped tokens' too; their other columns stay."""
+    kv_a, weight, cos, sin, slots, cache = append_fp8_inputs(5, 16, dtype, strided=True)
+    slots[3] = -1
+    q, expected = torch.randn(5, heads, 192).to(dtype), cache.clone()
+    before = q.clone()
+    ops.latent_append_fp8(kv_a, weight, cos, sin, slots, expected, 1e-5)
+    assert ops.latent_append_fp8(kv_a, weight, cos, sin, slots, cache, 1e-5, q[..., 128:]) is None
+    assert torch.equal(cache, expected)
+    assert torch.equal(q[..., 128:], ops.rope(before[..., 128:], cos, sin))
+    assert torch.equal(q[..., :128], before[..., :128])
+    assert_close(q[..., 128:], rope64(before[..., 128:], cos, sin), ROUNDED[dtype])
+
+
+def test_append_of_bad_slots_leaves_the_queries():
+    kv_a, weight, cos, sin, slots, cache = append_fp8_inputs(5, 16, torch.float32)
+    q_pe = torch.randn(5, 2, 64)
+    before, slots[4] = q_pe.clone(), 48
+    with pytest.raises(ValueError, match="slots must be"):
+        ops.latent_append_fp8(kv_a, weight, cos, sin, slots, cache, 1e-6, q_pe)
+    assert torch.equal(q_pe, before) and (cache == 255).all()
+
+
+def test_append_of_no_tokens_with_queries():
+    args = append_fp8_inputs(0, 16, torch.float32)
+    ops.latent_append_fp8(*args, 1e-6, torch.empty(0, 2, 64))
+    assert (args[-1] == 255).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -294,6 +351,13 @@ BAD = [
     ("latent_append_fp8", "sin", meta, ValueError, "meta"),
     ("latent_append_fp8", "slots", longer(0), ValueError, "3"),
     ("latent_append_fp8", "eps", lambda t: "small", TypeError, "small"),
+    ("latent_append_fp8", "q_pe", is_(torch.zeros(3, 64)), ValueError, "[3, 64]"),
+    ("latent_append_fp8", "q_pe", is_(torch.zeros(2, 2, 64)), ValueError, "3"),
+    ("latent_append_fp8", "q_pe", is_(torch.zeros(3, 2, 32)), ValueError, "64"),
+    ("latent_append_fp8", "q_pe", is_(torch.zeros(3, 2, 64, dtype=torch.float16)), TypeError, "float16"),
+    ("latent_append_fp8", "q_pe", is_(torch.zeros(3, 2, 64, device=META)), ValueError, "meta"),
+    ("latent_append_fp8", "q_pe", is_(torch.zeros(3, 1, 64).expand(3, 2, 64)), ValueError, "expanded"),
+    ("latent_append_fp8", "q_pe", is_([0.0]), TypeError, "list"),
     ("latent_quantize", "latent", one_more, ValueError, "[1, 3, 512]"),
     ("latent_quantize", "latent", lambda t: t[:, :256], ValueError, "512"),
     ("latent_quantize", "latent", cast(torch.int8), TypeError, "int8"),

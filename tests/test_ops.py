@@ -1096,7 +1096,11 @@ def test_the_schema_is_the_functions_signature(name):
         assert argument.has_default_value() == (parameter.default is not parameter.empty)
         if argument.has_default_value():
             assert argument.default_value == parameter.default
-    expected = {"latent_append": ["cache", "q_pe"], "latent_append_fp8": ["cache"], "latent_quantize": ["cache"]}
+    expected = {
+        "latent_append": ["cache", "q_pe"],
+        "latent_append_fp8": ["cache", "q_pe"],
+        "latent_quantize": ["cache"],
+    }
     assert written(name) == expected.get(name, [])
 
 
@@ -1146,7 +1150,7 @@ def compiled_forms(name):
     function = getattr(ops, name)
     if name in WRITING:
         cache_at = list(ops.get(name)._signature.parameters).index("cache")
-        # What lies behind the cache: q_pe of latent_append, which is written to as well
+        # What lies behind the cache: q_pe of the appends, which is written to as well
         others = slice(cache_at + 1, None)
 
         def graph(first, *args):
@@ -1186,8 +1190,9 @@ def test_compile(name):
     check_compiled(name, "aot_eager")
 
 
-def test_compile_with_queries():
-    check_compiled("latent_append", "aot_eager", q_heads=2)
+@pytest.mark.parametrize("name", ["latent_append", "latent_append_fp8"])
+def test_compile_with_queries(name):
+    check_compiled(name, "aot_eager", q_heads=2)
 
 
 @pytest.mark.slow

@@ -155,15 +155,9 @@ class MLA(nn.Module):
         storage = step.cache.storage[self.layer_idx]
         weight = self.kv_a_layernorm.weight
         q_nope, q_pe = q.split([cfg.qk_nope_head_dim, cfg.qk_rope_head_dim], -1)
-        append = kv_a, weight, step.cos, step.sin, step.slots, storage, cfg.rms_norm_eps
-        if step.cache.kv_format is None:
-            # q is ours: its RoPE columns are rotated where they are.
-            ops.latent_append(*append, q_pe)
-        else:
-            rotated = ops.rope(q_pe, step.cos, step.sin)
-            ops.latent_append_fp8(*append)
-            # The absorbed form takes them by themselves, the expanded one within q.
-            q_pe = rotated if plan.expanded is None else q_pe.copy_(rotated)
+        append = ops.latent_append if step.cache.kv_format is None else ops.latent_append_fp8
+        # q is ours: its RoPE columns are rotated where they are.
+        append(kv_a, weight, step.cos, step.sin, step.slots, storage, cfg.rms_norm_eps, q_pe)
         out = self._attend(q, q_nope, q_pe, step, plan)
         out = F.linear(out.reshape(len(out), -1), self.o_proj.weight, self.o_proj.bias)
         step.commit(self.layer_idx)

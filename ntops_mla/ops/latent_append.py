@@ -7,11 +7,11 @@ import functools
 import torch
 
 from ntops_mla.board import Board, Needed
-from ntops_mla.kernel import Kernel, within_int32
+from ntops_mla.kernel import Kernel
 from ntops_mla.ops import _check, _inspect, _slots
 from ntops_mla.ops._op import register
 from ntops_mla.ops.rms_norm import normalise
-from ntops_mla.ops.rope import check_cos_sin, rotate_into, rotate_pairs
+from ntops_mla.ops.rope import check_cos_sin, check_queries, queries_in_place, rotate_into, rotate_pairs
 from ntops_mla.platform import Platform
 
 # (kv_lora_rank, RoPE columns) that the kernel is written for.
@@ -67,14 +67,7 @@ def _check_args(kv_a, weight, cos, sin, slots, cache, eps, q_pe):
     _check.same(op, "kv_a", kv_a, ("weight", weight), ("cache", cache))
     _check.same_device(op, "kv_a", kv_a, ("cos", cos), ("sin", sin), ("slots", slots))
     _check.number(op, "eps", eps)
-    if q_pe is None:
-        return
-    _check.tensor(op, "q_pe", q_pe, "[T, H, R]", 3)
-    _check.size(op, "q_pe", q_pe, 0, tokens, "[T, H, R]")
-    _check.size(op, "q_pe", q_pe, 2, rope, "[T, H, R]")
-    _check.same(op, "kv_a", kv_a, ("q_pe", q_pe))
-    if any(size > 1 and stride == 0 for size, stride in zip(q_pe.shape, q_pe.stride())):
-        raise ValueError(f"{op}: q_pe is written to and must not be expanded, got strides {list(q_pe.stride())}")
+    check_queries(op, q_pe, kv_a, rope)
 
 
 def _look(kv_a, weight, cos, sin, slots, cache, eps, q_pe):
@@ -128,9 +121,7 @@ def _made(board: Board, dtype: torch.dtype, sizes: tuple) -> Kernel:
 def _kernel(board: Board, kv_a, weight, cos, sin, slots, cache, eps, q_pe):
     if not kv_a.shape[0]:
         return
-    queries = () if q_pe is None or not q_pe.numel() else (q_pe, q_pe)
-    if queries and within_int32(q_pe, 1, 2) is not q_pe:
-        raise NotImplementedError("q_pe: heads so far apart that int32 offsets do not reach them")
+    queries = queries_in_place(q_pe)
     latent = weight.shape[0]
     sizes = latent, kv_a.shape[1] - latent, cache.shape[1], bool(queries)
     _made(board, kv_a.dtype, sizes)(kv_a, kv_a, weight, cos, sin, slots, eps, cache, cache, *queries)

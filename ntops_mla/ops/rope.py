@@ -37,6 +37,27 @@ def check_cos_sin(op: str, cos: torch.Tensor, sin: torch.Tensor, tokens: int, wi
         _check.size(op, name, value, 1, width // 2, "[T, R / 2]")
 
 
+def check_queries(op: str, q_pe: torch.Tensor | None, kv_a: torch.Tensor, width: int) -> None:
+    """q_pe, which is rotated in place beside kv_a's rows, is `[T, H, width]` of kv_a's dtype and device, or None."""
+    if q_pe is None:
+        return
+    _check.tensor(op, "q_pe", q_pe, "[T, H, R]", 3)
+    _check.size(op, "q_pe", q_pe, 0, kv_a.shape[0], "[T, H, R]")
+    _check.size(op, "q_pe", q_pe, 2, width, "[T, H, R]")
+    _check.same(op, "kv_a", kv_a, ("q_pe", q_pe))
+    if any(size > 1 and stride == 0 for size, stride in zip(q_pe.shape, q_pe.stride())):
+        raise ValueError(f"{op}: q_pe is written to and must not be expanded, got strides {list(q_pe.stride())}")
+
+
+def queries_in_place(q_pe: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """What a kernel takes to rotate q_pe where it is: twice q_pe, or nothing where there are no queries."""
+    if q_pe is None or not q_pe.numel():
+        return ()
+    if within_int32(q_pe, 1, 2) is not q_pe:
+        raise NotImplementedError("q_pe: heads so far apart that int32 offsets do not reach them")
+    return q_pe, q_pe
+
+
 def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """`x` `[..., R]` rotated by `cos`, `sin` `[..., R / 2]` (broadcast), in float32 or float64, not yet rounded."""
     wide = (x if x.dtype == torch.float64 else x.float()).contiguous()  # a pair must be adjacent to be a complex number

@@ -126,7 +126,7 @@ def arguments(name, dtype):
         sizes = {"s_q": 2, "page_size": 16, "layout": "apart", "strided": True}
         return [*fp8_inputs(lengths, heads=heads, dtype=dtype, **sizes), True, None]
     if name in fp8.NAMES:
-        return fp8.arguments(name, dtype, pick(37, 5))
+        return fp8.arguments(name, dtype, pick(37, 5), pick(20, 3))
     if name == "mla_schedule":
         return [torch.tensor([5000, 0, 1, 300] * pick(50, 1), dtype=torch.int32), 16, None]
     if name == "mla_decode":
@@ -140,7 +140,7 @@ def arguments(name, dtype):
 def outcome(name, args):
     """What the op called `name` makes of `args`: its results, or what it has written to."""
     result = run(getattr(ops, name), *args)
-    if name == "latent_append":
+    if name in ("latent_append", "latent_append_fp8"):
         return [args[5]] if args[7] is None else [args[5], args[7]]
     if name in fp8.NAMES and result is None:
         return [cache_of(name, args)]
@@ -150,7 +150,7 @@ def outcome(name, args):
 def check_outcome(name, args, results):
     """`results` of the device are what PyTorch makes of `args`, on the CPU, in float64."""
     if name in fp8.NAMES:
-        return fp8.check_outcome(name, args, results[0])
+        return fp8.check_outcome(name, args, *results)
     if name == "mla_schedule":
         assert torch.equal(results[0].cpu(), ops.mla_schedule.reference(*args[:2], len(results[0]) - len(args[0])))
         return None

@@ -1,10 +1,12 @@
-"""rms_norm, rope and latent_append on the device against float64."""
+"""rms_norm, rope and the appends on the device against float64, and against each other."""
 
 import pytest
 import torch
 
 from ntops_mla import ops
+from ntops_mla.testing import assert_close
 from tests.device.on_device import DTYPES, NAN, check_rounded, on, pick, run
+from tests.test_latent_fp8 import FLIPPED, append_fp8_inputs, read
 from tests.test_ops import HALF, ROPE_VIEWS, append_inputs, name_of, norm64, rope64, turns
 
 pytestmark = pytest.mark.device
@@ -223,3 +225,29 @@ def test_the_unit_in_the_last_place(dtype):
     for x in torch.tensor([1.0, 1.5, 3.25e-3, 700.0]).to(dtype):
         after = torch.nextafter(x, torch.tensor(torch.inf, dtype=dtype))
         assert units(x[None], after[None], x[None]) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("heads", pick([1, 3, 16, 63, 128], [3, 20]))
+def test_append_fp8_with_queries_is_as_both_apart(device, heads, dtype):
+    """Of the cache all but codes that a rounding moved, of the queries all but 2 ulp; twice the same bits."""
+    tokens = pick(300, 5)
+    args = append_fp8_inputs(tokens, 64, dtype, tokens // 64 + 3, strided=True)
+    args[4][-1] = -1
+    q = torch.randn(tokens, heads, 192).to(dtype)
+    apart = on(device, args)
+    run(ops.latent_append_fp8, *apart, 1e-6)
+    turned = run(ops.rope, on(device, [q])[0][..., 64:128], apart[2], apart[3]).cpu()
+    seen = []
+    for _ in range(2):
+        given, (mine,) = on(device, args), on(device, [q])
+        run(ops.latent_append_fp8, *given, 1e-6, mine[..., 64:128])
+        seen.append((given[5].cpu(), mine.cpu()))
+    assert all(torch.equal(once, again) for once, again in zip(*seen))
+    cache, mine = seen[0]
+    value, expected = read(cache), read(apart[5].cpu())
+    assert torch.equal(value.isnan(), expected.isnan())
+    assert_close(value.nan_to_num(0), expected.nan_to_num(0), FLIPPED)
+    larger = turned.abs().unflatten(-1, (-1, 2)).amax(-1, keepdim=True).expand(-1, -1, -1, 2).flatten(2)
+    assert units(mine[..., 64:128], turned, larger) <= 2
+    assert torch.equal(mine[..., :64], q[..., :64]) and torch.equal(mine[..., 128:], q[..., 128:])

@@ -61,8 +61,8 @@ def draw_call(name, draw):
             q_pe = q_pe.contiguous()
         return f"{tokens} tokens, pages of {page}, {sizes}, {heads} query heads", [*args, 1e-6, q_pe]
     if name in fp8.NAMES:
-        tokens = draw.randrange(1, pick(400, 9))
-        return f"{tokens} tokens", fp8.arguments(name, dtype, tokens)
+        tokens, heads = draw.randrange(1, pick(400, 9)), draw.choice([None, *HEADS])
+        return f"{tokens} tokens, {heads} query heads", fp8.arguments(name, dtype, tokens, heads)
     if name == "mla_decode":
         lengths = [a_length(draw) for _ in range(draw.randint(1, pick(12, 4)))]
         sizes = dict(heads=draw.choice(HEADS), s_q=draw.choice([1, 1, 2, 3, 4]))

@@ -350,6 +350,12 @@ def test_tiles(toy, launches, name, tile):
             args = (*args, 1e-6, torch.randn(5, 20, latent // 8).to(dtype))
         check_against_float64("latent_append", args, called("latent_append", args))
         assert launches[-1][0] == tile.kernel
+    elif tile.kernel == "latent_append_fp8_rope":
+        args = clones(fp8.arguments("latent_append_fp8", dtype, heads=20))
+        before = clones(args)
+        ops.latent_append_fp8(*args)
+        fp8.check_outcome("latent_append_fp8", before, args[5], args[7])
+        assert launches[-1][0] == tile.kernel
     elif tile.kernel == "mla_prefill":
         width = size("width", 192, 256)
         sizes = {"heads": 1, "dqk": width, "dv": 128 if width == 192 else 256}

@@ -21,7 +21,7 @@ from tests.test_latent_fp8 import (
     read,
     rows_of,
 )
-from tests.test_ops import clones, name_of
+from tests.test_ops import ROUNDED, clones, name_of, rope64
 
 PAGES = [(5, 64), (21, 16), (1, 1), (9, 128), (7, 2)]
 
@@ -169,6 +169,74 @@ def test_append_does_not_hide_nan():
     rows = read(rows_of(args[5], args[4]))
     assert rows[0, :512].isnan().all() and rows[1, 540:542].isnan().all()
     assert not rows[1, :512].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("tokens, heads, page_size", [(5, 1, 16), (3, 8, 64), (2, 20, 1), (1, 128, 128)])
+def test_append_with_queries_in_the_same_launch(tokens, heads, page_size, dtype, launches):
+    """The cache as without them; rotated where they are, with the same bits as rope's own kernel, skipped tokens' too;
+    the columns beside them stay."""
+    kv_a, weight, cos, sin, slots, cache = append_fp8_inputs(tokens, page_size, dtype, tokens + 1, strided=True)
+    slots[0] = slots[0] if tokens == 1 else -1
+    q = torch.full((tokens, heads, 192), float("nan"), dtype=dtype)
+    q[..., 64:128] = torch.randn(tokens, heads, 64).to(dtype)
+    q_pe = q[..., 64:128]
+    expected, before = cache.clone(), q_pe.clone()
+    by_kernel(ops.latent_append_fp8, kv_a, weight, cos, sin, slots, expected, 1e-5)
+    turned = by_kernel(ops.rope, before, cos, sin)
+    launches.clear()
+    assert by_kernel(ops.latent_append_fp8, kv_a, weight, cos, sin, slots, cache, 1e-5, q_pe) is None
+    assert [name for name, _ in launches] == ["latent_append_fp8_rope"]
+    assert launches[0][1][-2:] == (dtype, dtype)
+    assert torch.equal(cache, expected)
+    check_rows((kv_a, weight, cos, sin, slots, cache))
+    assert torch.equal(q_pe, turned)
+    assert_close(q_pe, rope64(before, cos, sin), ROUNDED[dtype], "q_pe")
+    assert q[..., :64].isnan().all() and q[..., 128:].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "shape, view",
+    [
+        ((64, 5, 3), lambda q: q.permute(1, 2, 0)[1:]),  # columns apart, heads side by side
+        ((4, 11, 64), lambda q: q[:, 1::2]),
+        ((20, 4, 64), lambda q: q.transpose(0, 1)),
+    ],
+    ids=["columns apart", "every second head", "heads first"],
+)
+def test_append_with_queries_of_any_strides(shape, view):
+    """And every token skipped: of the cache nothing is written then."""
+    kv_a, weight, cos, sin, slots, cache = append_fp8_inputs(4, 16, torch.float32)
+    base = torch.full(shape, float("nan"))
+    q_pe = view(base)
+    q_pe.copy_(torch.randn(q_pe.shape))
+    others, before = base.isnan(), q_pe.clone()
+    slots.fill_(-1)
+    kv_a.fill_(float("nan"))
+    by_kernel(ops.latent_append_fp8, kv_a, weight, cos, sin, slots, cache, 1e-6, q_pe)
+    assert (cache == 255).all()
+    assert torch.equal(q_pe, by_kernel(ops.rope, before, cos, sin))
+    assert torch.equal(base.isnan(), others)
+
+
+def test_append_hides_nan_of_neither_part():
+    """NaN of a latent does not reach the queries, nor one of a query the cache or another head."""
+    args = append_fp8_inputs(2, 16, torch.float32)
+    q_pe = torch.randn(2, 3, 64)
+    args[0][0, 300] = float("nan")
+    q_pe[1, 2, 8] = float("nan")
+    by_kernel(ops.latent_append_fp8, *args, 1e-6, q_pe)
+    rows = read(rows_of(args[5], args[4]))
+    assert rows[0, :512].isnan().all() and not rows[0, 512:].isnan().any() and not rows[1].isnan().any()
+    assert q_pe[1, 2, 8:10].isnan().all() and int(q_pe.isnan().sum()) == 2
+
+
+def test_queries_without_heads(launches):
+    """The cache is written all the same."""
+    args = append_fp8_inputs(3, 16, torch.float32)
+    by_kernel(ops.latent_append_fp8, *args, 1e-5, torch.empty(3, 0, 64))
+    assert [name for name, _ in launches] == ["latent_append_fp8"]
+    check_rows(args)
 
 
 # latent_dequantize

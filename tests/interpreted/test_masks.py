@@ -9,7 +9,7 @@ import torch
 
 from ntops_mla import kernel, kernel_source, ops
 from tests.interpreted.numerics import by_kernel
-from tests.test_latent_fp8 import append_fp8_inputs, dequantize_inputs, quantize_inputs
+from tests.test_latent_fp8 import append_fp8_inputs, dequantize_inputs, quantize_inputs, queries
 from tests.test_mla_decode_fp8 import fp8_inputs
 from tests.test_mla_sparse import sparse_inputs
 from tests.test_ops import append_inputs, clones, decode_inputs, prefill_inputs, tensors, turns
@@ -26,8 +26,12 @@ CALLS = {
     "latent_append": [
         lambda: append_inputs(5, 16, torch.float32, strided=True),
         lambda: append_inputs(3, 2, torch.float32, 256, 32),
+        lambda: (*append_inputs(3, 2, torch.float32), 1e-6, queries(3, 11, torch.float32)),
     ],
-    "latent_append_fp8": [lambda: append_fp8_inputs(5, 16, torch.float32, strided=True)],
+    "latent_append_fp8": [
+        lambda: append_fp8_inputs(5, 16, torch.float32, strided=True),
+        lambda: (*append_fp8_inputs(3, 2, torch.float32), 1e-6, queries(3, 11, torch.float32)),
+    ],
     "latent_quantize": [lambda: quantize_inputs(3, 2, torch.float32)],
     "latent_dequantize": [lambda: dequantize_inputs(5, 16, torch.float32)],
     "mla_decode": [

@@ -99,6 +99,8 @@ def test_the_kernel_of_every_op_computes_there(platform, device, tried, launches
         assert {launch["kernel"] for launch in launches} == {"mla_decode", "mla_combine"}
     if name == "latent_append":
         assert {launch["kernel"] for launch in launches} == {"latent_append", "latent_append_rope"}
+    if name == "latent_append_fp8":
+        assert {launch["kernel"] for launch in launches} == {"latent_append_fp8", "latent_append_fp8_rope"}
     mine = [launch["options"] for launch in launches if launch["kernel"] == name]
     assert mine
     for options in mine:
@@ -187,21 +189,22 @@ class Launched(TorchDispatchMode):
 
 
 @pytest.mark.skipif(SHOW.device_type != "musa", reason="PyTorch's own launches are those of a CPU there")
+@pytest.mark.parametrize("kv_format", [None, "fp8"])
 @pytest.mark.parametrize("q_lora_rank", [None, 64])
-def test_a_decode_step_launches_few_kernels(device, launches, q_lora_rank):
+def test_a_decode_step_launches_few_kernels(device, launches, q_lora_rank, kv_format):
     """No copy, no concatenation, nothing that waits for the device; the step's plan is made once for all layers."""
     cfg = dataclasses.replace(CFG, q_lora_rank=q_lora_rank)
-    mla = ntops_mla.MLA(cfg, device=device, dtype=torch.bfloat16).requires_grad_(False)
-    cache = ntops_mla.LatentCache(cfg, num_pages=8, page_size=16, device=device, dtype=torch.bfloat16)
+    made = {"device": device, "dtype": torch.bfloat16}
+    mla = ntops_mla.MLA(cfg, **made).requires_grad_(False)
+    cache = ntops_mla.LatentCache(cfg, num_pages=8, page_size=16, kv_format=kv_format, **made)
     for _ in range(2):  # the first step makes the absorbed weights
         step, x = cache.step([5, 6], [1, 1]), torch.randn(2, cfg.hidden_size, dtype=torch.bfloat16).to(device)
         launches.clear()
         with Launched() as launched, torch.no_grad():
             mla(x, step)
     own = [launch["kernel"] for launch in launches]
-    assert own == ["rms_norm"] * (q_lora_rank is not None) + ["latent_append_rope", "mla_decode"], (
-        "one split: no combine"
-    )
+    over = ["latent_append_rope", "mla_decode"] if kv_format is None else ["latent_append_fp8_rope", "mla_decode_fp8"]
+    assert own == ["rms_norm"] * (q_lora_rank is not None) + over, "one split: no combine"
     # q and kv_a in one product; (q_b;) absorb; value up-projection; o_proj
     projections = ["mm"] * (1 if q_lora_rank is None else 2)
     assert launched.names == [*projections, "bmm", "bmm", "mm"]
