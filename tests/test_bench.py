@@ -253,7 +253,7 @@ def test_every_kind_of_row_is_checked_and_timed(quick):
     assert implementations["decode"] == implementations["prefill"] == {"ntops_mla", "torch_sdpa"}
     assert implementations["module"] == {"ntops_mla", "torch_loop", "transformers"}
     assert implementations["append"] == {"ntops_mla", "queries apart", "unfused"}
-    assert [row["part"] for row in data["rows"] if row["op"] == "parts"] == list(modules.PARTS)
+    assert [row["part"] for row in data["rows"] if row["op"] == "parts"] == [*modules.PARTS, modules.PRODUCTS]
     assert {row["backend"] for row in data["rows"] if row["implementation"] == "ntops_mla"} == {"reference", None}
 
 

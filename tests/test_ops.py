@@ -740,6 +740,26 @@ def test_attend_by_rows_widens_shared_keys_and_values_once(monkeypatch):
     assert all(map(torch.equal, shared, apart))
 
 
+@pytest.mark.parametrize("room", [0, 63, 64, 200])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=name_of)
+def test_values_narrower_than_keys_are_read_with_what_lies_behind_them(room, dtype, monkeypatch):
+    """As far as their storage goes; it is NaN, and nobody's."""
+    q, k = (torch.randn(2, 3, n, 192).to(dtype) for n in (5, 12))
+    rows = torch.full((2 * 12 * 3 * 256 + room,), float("nan"), dtype=dtype)
+    v = rows[: len(rows) - room].view(2, 12, 3, 256)[..., 128:]
+    v.normal_()
+    v = v.transpose(1, 2)
+    padded = []
+    monkeypatch.setattr(
+        _attention, "widen", lambda x, n, own=_attention.widen: padded.append(n - x.shape[-1]) or own(x, n)
+    )
+    out, lse = _attention.attend(q, k, v, 0.1)
+    assert (64 in padded) == (room < 64)
+    for one, other in zip((out, lse), _attention.attend(q, k, v.contiguous(), 0.1)):
+        assert torch.equal(one, other)
+    assert out.shape == (2, 3, 5, 128)
+
+
 def test_merge_is_a_softmax_over_both():
     q, k, v = (torch.randn(2, 3, n, 8) for n in (5, 12, 12))
     whole, whole_lse = _attention.attend(q, k, v, 0.5)

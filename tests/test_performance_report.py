@@ -49,6 +49,7 @@ ROWS = [
     row("append", "t128", "unfused", "whole call", 0.04, note="six calls", **OURS),
     row("parts", "r1-decode", "ntops_mla", "whole call", 3.0, part="mla_decode", flop=None, bytes=None, bound=None),
     row("parts", "r1-decode", "ntops_mla", "whole call", 1.0, part="o_proj", flop=None, bytes=None, bound=None),
+    row("parts", "r1-decode", "torch", "whole call", 3.2, part="its products alone", flop=None, bytes=None, bound=None),
 ]
 
 
@@ -104,7 +105,9 @@ def test_two_boards(tmp_path, capsys):
     assert "| toy-t2/bench.json | Toy T2 | 2026-05-06 |" in text
     first, second = text.split("### Toy T2: toy-t2/bench.json")
     assert "![latency, Toy T1](../results/toy-t1/latency.png)" in first and "![" not in second
-    assert "| r1-decode | mla_decode | 3 ms (2.7 ms to 3.3 ms) | 75% |" in part(first, "Where time goes in a step")
+    step = part(first, "Where time goes in a step")
+    assert "| r1-decode | mla_decode | 3 ms (2.7 ms to 3.3 ms) | 75% |" in step
+    assert "| r1-decode | all parts over its products | 1.25 |  |" in step
     assert "#### Where time goes in a step" not in second  # no rows, no section
     line = "| decode b1-k1024 | ntops_mla (kernel) | whole call | 1 ms (900 us to 1.1 ms) | 1 | 2 | 25% memory |"
     assert line in part(first, "Over the length")
@@ -146,7 +149,7 @@ def test_failed_rows_and_missing_peers_are_shown(tmp_path, capsys):
     put(tmp_path / "results", "toy/bench.json", [failed, *ROWS], left_out=[absent, absent])
     text = made(tmp_path, capsys)
     assert "| decode | b9 | ntops_mla | whole call | mismatch | 3 of 4 \\| differ |" in part(text, "Failed")
-    assert "| 12, 1 failed |" in text
+    assert "| 13, 1 failed |" in text
     assert part(text, "Beside others").count("| flashinfer | decode | not here |") == 1
 
 

@@ -7,12 +7,12 @@ import os
 import weakref
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ntops_mla import checkpoint, ops
 from ntops_mla.cache import DTYPES, Step, check_device, check_dtype
 from ntops_mla.config import MLAConfig
+from ntops_mla.modules.linear import linear, linear_with_room
 from ntops_mla.modules.rope_rows import permute_rope_rows
 from ntops_mla.ops._attention import merge
 from ntops_mla.plan import AbsorbedGroup, Plan
@@ -159,7 +159,7 @@ class MLA(nn.Module):
         # q is ours: its RoPE columns are rotated where they are.
         append(kv_a, weight, step.cos, step.sin, step.slots, storage, cfg.rms_norm_eps, q_pe)
         out = self._attend(q, q_nope, q_pe, step, plan)
-        out = F.linear(out.reshape(len(out), -1), self.o_proj.weight, self.o_proj.bias)
+        out = linear(out.reshape(len(out), -1), self.o_proj.weight, self.o_proj.bias)
         step.commit(self.layer_idx)
         return out
 
@@ -204,11 +204,11 @@ class MLA(nn.Module):
             rows = first.out_features + second.out_features
             weight = first.weight.as_strided((rows, cfg.hidden_size), (cfg.hidden_size, 1))
             bias = None if first.bias is None else torch.cat([first.bias, second.bias])
-            q, kv_a = F.linear(x, weight, bias).split([first.out_features, second.out_features], -1)
+            q, kv_a = linear(x, weight, bias).split([first.out_features, second.out_features], -1)
         else:
-            q, kv_a = F.linear(x, first.weight, first.bias), F.linear(x, second.weight, second.bias)
+            q, kv_a = linear(x, first.weight, first.bias), linear(x, second.weight, second.bias)
         if cfg.q_lora_rank is not None:
-            q = F.linear(ops.rms_norm(q, self.q_a_layernorm.weight, cfg.rms_norm_eps), self.q_b_proj.weight)
+            q = linear(ops.rms_norm(q, self.q_a_layernorm.weight, cfg.rms_norm_eps), self.q_b_proj.weight)
         return q.unflatten(-1, (cfg.num_heads, cfg.qk_head_dim)), kv_a
 
     def _attend(self, q, q_nope, q_pe, step: Step, plan: Plan) -> torch.Tensor:
@@ -281,7 +281,8 @@ class MLA(nn.Module):
         cfg = self.cfg
         width = cfg.qk_nope_head_dim + cfg.v_head_dim
         weight = self.kv_b_proj.weight[heads.start * width : heads.stop * width]
-        kv = F.linear(latent, weight).unflatten(-1, (-1, width))
+        # The room is for values as wide as the keys, which PyTorch's kernel wants: see ops/_attention.py.
+        kv = linear_with_room(latent, weight, cfg.qk_rope_head_dim).unflatten(-1, (-1, width))
         k_nope, v = kv.split([cfg.qk_nope_head_dim, cfg.v_head_dim], -1)
         return torch.cat([k_nope, pe[:, None].expand(-1, heads.stop - heads.start, -1)], -1), v
 

@@ -45,7 +45,7 @@ def _failed(rows: Sequence[dict]) -> Iterator[str]:
 
 def _parts(timed: Sequence[dict]) -> Iterator[str]:
     """The dearest part of each step."""
-    parts = [row for row in timed if row["op"] == "parts"]
+    parts = [row for row in timed if row["op"] == "parts" and row["implementation"] == OURS]
     for case in dict.fromkeys(row["case"] for row in parts):
         own = [row for row in parts if row["case"] == case]
         most, total = max(own, key=lambda row: row["ms"]), sum(row["ms"] for row in own)

@@ -22,10 +22,13 @@ from bench_rows.problem import CHECK_FLOP, Check, chosen, seed_of
 from bench_rows.ways import CALL, GRAPH, OURS, Absent
 from ntops_mla import MLA, LatentCache, dispatch, ops
 from ntops_mla.devices import detect
+from ntops_mla.modules.linear import linear
 from ntops_mla.testing import Float64MLA, cos_diff
 
 # What a decode step spends its time on, in its order.
 PARTS = ("plan", "projections", "append and rope", "absorb queries", "mla_decode", "absorb values", "o_proj")
+# Beside them: a step cannot be faster than its weights are multiplied.
+PRODUCTS = "its products alone"
 
 
 @dataclasses.dataclass
@@ -209,6 +212,8 @@ class Parts:
 
     def __init__(self, layer: Layer) -> None:
         self.layer, self.mla, self.cfg = layer, layer.mla, layer.mla.cfg
+        # As wide as q_b_proj's input
+        self.normed = torch.randn(len(layer.x), self.cfg.q_lora_rank or 0, device=layer.x.device).to(layer.x.dtype)
         self.cache = _cache_of(layer)
         self.calls = dict(
             zip(
@@ -255,4 +260,17 @@ class Parts:
 
     def _out(self) -> None:
         out = self.heads.reshape(len(self.heads), -1)
-        self.out = F.linear(out, self.mla.o_proj.weight, self.mla.o_proj.bias)
+        self.out = linear(out, self.mla.o_proj.weight, self.mla.o_proj.bias)
+
+    def products(self) -> torch.Tensor:
+        """Every product of the step with a weight, as PyTorch has it, on what the step left; what o_proj gave."""
+        mla, x = self.mla, self.layer.x
+        w_uk, w_uv = mla._absorption_weights()
+        for name in ("q_proj", "q_a_proj", "kv_a_proj_with_mqa"):
+            if hasattr(mla, name):
+                F.linear(x, getattr(mla, name).weight)
+        if hasattr(mla, "q_b_proj"):
+            F.linear(self.normed, mla.q_b_proj.weight)
+        torch.bmm(self.q[..., : self.cfg.qk_nope_head_dim].transpose(0, 1), w_uk)
+        heads = torch.bmm(self.attended.flatten(0, 1).transpose(0, 1), w_uv).transpose(0, 1)
+        return F.linear(heads.reshape(len(heads), -1), mla.o_proj.weight, mla.o_proj.bias)

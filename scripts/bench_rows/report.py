@@ -202,18 +202,25 @@ def _figures(rows: Iterable[dict]) -> str:
 
 
 def step(run: Run) -> str:
-    """The parts of a decode step, each by itself, and its share of their sum."""
+    """The parts of a decode step, each by itself, and its share of their sum; the step's products beside them."""
     rows = run.rows("parts")
     if not rows:
         return ""
     lines = []
     for case in dict.fromkeys(row["case"] for row in rows):
         own = [row for row in rows if row["case"] == case]
-        total = sum(row["ms"] for row in own)
-        lines += [(case, row["part"], _ms(row), f"{row['ms'] / total:.0%}") for row in own]
-    return "Each part timed by itself; the share is of their sum.\n\n" + markdown(
-        ("case", "part", "time", "share"), lines
-    )
+        total = sum(row["ms"] for row in own if row["implementation"] == OURS)
+        lines += [
+            (case, row["part"], _ms(row), f"{row['ms'] / total:.0%}" if row["implementation"] == OURS else "")
+            for row in own
+        ]
+        lines += [
+            (case, "all parts over its products", f"{total / row['ms']:.2f}", "")
+            for row in own
+            if row["implementation"] != OURS
+        ]
+    head = "Each part timed by itself; the share is of their sum. Its products alone: each weight's, as PyTorch has it."
+    return f"{head}\n\n" + markdown(("case", "part", "time", "share"), lines)
 
 
 def lengths(run: Run) -> str:

@@ -216,7 +216,7 @@ class _Part(NamedTuple):
 
 
 def _run_parts(case: Case, options: Options, clock: Clock) -> list[dict | ways.Absent]:
-    """Each part of a step by itself; the check is of all of them together."""
+    """Each part of a step by itself, and its products beside them; the check is of all of them together."""
     if options.only is not None and ways.OURS not in options.only:
         return []
     layer = modules.make(case, options.device, options.dtype, options.seed, options.size)
@@ -226,4 +226,8 @@ def _run_parts(case: Case, options: Options, clock: Clock) -> list[dict | ways.A
         whole = _Part(ways.OURS, ways.CALL, "whole step")
         return [_row(case, whole, check, layer.work, None, "mismatch", check.fault)]
     passed = [(_Part(ways.OURS, ways.CALL, part), check, Call(call)) for part, call in step.calls.items()]
-    return _timed(case, passed, None, options, clock)
+    products = _Part("torch", ways.CALL, modules.PRODUCTS)
+    check = layer.check(step.products())
+    if check.fault is not None:
+        return [_row(case, products, check, layer.work, None, "mismatch", check.fault)]
+    return _timed(case, [*passed, (products, check, Call(step.products))], None, options, clock)
