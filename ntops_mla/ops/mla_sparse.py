@@ -190,17 +190,17 @@ def _attend_fused(q, keys, hidden, scale):
 def _attend(q, keys, hidden, scale):
     """q `[t, H, D]`, keys `[t, topk, D]`, which are the values too, hidden `[t, topk]` or None -> out `[t, H, D]`, lse
     and the largest score `[t, H]`."""
-    turned = keys.transpose(1, 2)
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and _adds_before_it_rounds():
         # Two products with matrix instructions are faster than one in float32, and good for 16 bits: the second one
-        # gives what the first one has rounded away.
-        scores = torch.baddbmm(q.new_empty(()), q, turned, beta=0, alpha=scale)
-        rest = torch.baddbmm(scores, q, turned, beta=-1, alpha=scale)
-        scores = scores.float().add_(rest)
+        # gives what the first one has rounded away. The keys come first: what PyTorch packs anew for the matrix unit
+        # are the queries then, of which there are fewer.
+        turned = q.transpose(1, 2)
+        scores = torch.baddbmm(q.new_empty(()), keys, turned, beta=0, alpha=scale)
+        rest = torch.baddbmm(scores, keys, turned, beta=-1, alpha=scale)
+        scores = scores.float().add_(rest).transpose(1, 2).contiguous()
     else:
         keys = keys.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
-        turned = keys.transpose(1, 2)
-        scores = torch.bmm(q.to(keys.dtype), turned).mul_(scale)
+        scores = torch.bmm(q.to(keys.dtype), keys.transpose(1, 2)).mul_(scale)
     if hidden is not None:
         scores.masked_fill_(hidden[:, None], _NO_KEY)
     most = scores.amax(-1)
