@@ -22,8 +22,7 @@ and whole_lse `[B, s_q, H]` instead. Otherwise each request has the same number 
   loaded tile does the same and costs the compiler hundreds of bytes of spills.
 - A split without keys returns at once and its part of `out` is never read; the first one always writes.
 - The sentinels are finite, and a hidden score (-1e30) lies far below the first maximum (-1e29): exp2 of their
-difference
-  is 0, so that a row that sees no key of a tile leaves m, total and the accumulators alone.
+  difference is 0, so that a row that sees no key of a tile leaves m, total and the accumulators alone.
 - One new token per request needs no diagonal: the caller passes `causal` False then, and the mask is one row.
 
 Source: arXiv 2405.04434, section 2.1.2 and appendix C; the splits: deepseek-ai/FlashMLA, FlashDecoding.

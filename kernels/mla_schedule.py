@@ -1,6 +1,6 @@
 """Which keys of which request each program of a decode takes, so that no program takes more than a fair share.
 
-blocks[b] = ceil(seq_lens[b] / unit);  share = max(ceil(sum(blocks) / parts), least)
+blocks[b] = min(ceil(seq_lens[b] / unit), floor(2^30 / B));  share = max(ceil(sum(blocks) / parts), least)
 splits[b] = max(1, ceil(blocks[b] / share));  first[b] = splits[0] + ... + splits[b - 1]
 
 seq_lens int32 `[B]` -> schedule int32 `[B + parts, 4]`. Row first[b] + i is the request b, its first key of split i and
@@ -33,9 +33,9 @@ def arrangement(seq_lens, unit, least, schedule):
     return seq_lens_arranged, unit, least, schedule_arranged
 
 
-def blocks_of(lengths, unit):
-    # Of the largest int32, too
-    return (ntl.maximum(lengths, 1) - 1) // unit + ntl.minimum(ntl.maximum(lengths, 0), 1)
+# ceil(lengths / unit), of the largest int32 too, and no more than `most`
+def blocks_of(lengths, unit, most):
+    return ntl.minimum((ntl.maximum(lengths, 1) - 1) // unit + ntl.minimum(ntl.maximum(lengths, 0), 1), most)
 
 
 def application(seq_lens, unit, least, schedule):
@@ -44,15 +44,15 @@ def application(seq_lens, unit, least, schedule):
     rows = schedule.shape[0]
     parts = rows - batch
 
-    # What no table holds may stand in seq_lens: it harms no other request, so the sums are int64
-    total = ntl.cast(0, ntl.int64)
+    # What no table holds may stand in seq_lens: it harms no other request, because the sum stays within int32
+    most = 1073741824 // batch
+    total = 0
     for start in range(0, batch, 256):
         # [256]
         lengths = seq_lens[start + ntl.arange(0, 256)]
-        blocks = blocks_of(lengths, unit)
-        total += ntl.sum(ntl.cast(blocks, ntl.int64))
-    share = ntl.cast(ntl.minimum((total + parts - 1) // parts, 1 << 30), ntl.int32)
-    share = ntl.maximum(share, least)
+        blocks = blocks_of(lengths, unit, most)
+        total += ntl.sum(blocks)
+    share = ntl.maximum((total + parts - 1) // parts, least)
 
     first = 0
     used = 0
@@ -60,12 +60,12 @@ def application(seq_lens, unit, least, schedule):
         other = start + ntl.arange(0, 256)
         # [256]
         lengths = seq_lens[other]
-        blocks = blocks_of(lengths, unit)
+        blocks = blocks_of(lengths, unit, most)
         splits = ntl.maximum((blocks + share - 1) // share, 1)
         used += ntl.sum(ntl.where(other < batch, splits, 0))
         first += ntl.sum(ntl.where(other < request, splits, 0))
 
-    own_blocks = blocks_of(seq_lens[request], unit)
+    own_blocks = blocks_of(seq_lens[request], unit, most)
     own = ntl.maximum((own_blocks + share - 1) // share, 1)
     keys = (own_blocks + own - 1) // own * unit
     for start in range(0, own, 256):
@@ -73,9 +73,8 @@ def application(seq_lens, unit, least, schedule):
         # Row -1 is outside the schedule, so that the store is masked
         row = ntl.where(split < own, first + split, -1)
         schedule[row, 0] = split * 0 + request
-        start_key = ntl.cast(split, ntl.int64) * keys
-        schedule[row, 1] = ntl.minimum(start_key, 2147483647)
-        schedule[row, 2] = ntl.where(split < own - 1, ntl.minimum(start_key + keys, 2147483647), 2147483647)
+        schedule[row, 1] = split * keys
+        schedule[row, 2] = ntl.where(split < own - 1, (split + 1) * keys, 2147483647)
     schedule[request, 3] = first
     if request == batch - 1:
         schedule[batch, 3] = used

@@ -3,6 +3,7 @@
 Each platform is compiled in a process of its own, because the driver of a machine without a device is installed there.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -209,3 +210,13 @@ def test_new_sizes_do_not_compile_anew():
     assert done.returncode == 0, done.stderr[-3000:]
     launches, variants = map(int, done.stdout.split())
     assert launches == 18 and 1 <= variants <= 3
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton.backends.nvidia") is None, reason="no backend for NVIDIA")
+def test_the_benchmark_of_launches_runs(tmp_path):
+    """It calls what the kernels were made of, past the ops."""
+    path = tmp_path / "launches.json"
+    done = python("benchmarks/launch_overhead.py", "--rounds", "1", "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(path.read_text())
+    assert figures["cached"] > 0 and figures["generated"] > 0

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ntops_mla.modules import linear as module
 from ntops_mla.modules.linear import linear, linear_with_room
 from tests.test_ops import name_of
 
@@ -11,12 +12,14 @@ from tests.test_ops import name_of
 @pytest.mark.parametrize("tokens", [0, 1, 2, 3, 16, 128, 129])
 @pytest.mark.parametrize("columns", [64, 1024, 1100])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=name_of)
-def test_product(tokens, columns, dtype, monkeypatch):
+@pytest.mark.parametrize("amx", [True, False], ids=["amx", "no amx"])
+def test_product(tokens, columns, dtype, amx, monkeypatch):
+    monkeypatch.setattr(module, "_has_amx", lambda: amx)
     x, weight = torch.randn(tokens, columns).to(dtype), (torch.randn(40, columns) / columns**0.5).to(dtype)
     plain = []
     monkeypatch.setattr(F, "linear", lambda *args, own=F.linear: plain.append(args) or own(*args))
     out = linear(x, weight)
-    few = dtype == torch.bfloat16 and 2 <= tokens <= 128 and columns >= 1024
+    few = amx and dtype == torch.bfloat16 and 2 <= tokens <= 128 and columns >= 1024
     assert len(plain) == (not few)
     exact = x.double() @ weight.double().t()
     # Rounded once, from sums of float32 at least
@@ -33,9 +36,16 @@ def test_a_view_of_rows_and_a_bias():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=name_of)
 def test_room_behind_the_result(dtype):
     x, weight = torch.randn(5, 64).to(dtype), torch.randn(48, 64).to(dtype)
-    out = linear_with_room(x, weight, 16)
+    with torch.no_grad():
+        out = linear_with_room(x, weight, 16)
     assert torch.equal(out, F.linear(x, weight)) and out.is_contiguous()
     assert out.untyped_storage().nbytes() >= (out.numel() + 16) * out.element_size()
+
+
+def test_where_gradients_are_recorded():
+    x, weight = torch.randn(5, 64), torch.nn.Parameter(torch.randn(48, 64))
+    linear_with_room(x, weight, 16).sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(48, 64))
 
 
 def test_compiled():

@@ -28,14 +28,14 @@ BATCHES = {
 
 def wanted(lengths, parts):
     """(rows (request, first key, key behind the last one), first) of the docstring's formula."""
-    blocks = [-(-max(length, 0) // 128) for length in lengths]
+    blocks = [min(-(-max(length, 0) // 128), 2**30 // len(lengths)) for length in lengths]
     share = max(-(-sum(blocks) // parts), 2)
     rows, first = [], [0]
     for request, own in enumerate(blocks):
         splits = max(1, -(-own // share))
         keys = -(-own // splits) * 128
-        ends = [min((split + 1) * keys, OPEN) for split in range(splits - 1)] + [OPEN]
-        rows += [(request, min(split * keys, OPEN), end) for split, end in enumerate(ends)]
+        ends = [(split + 1) * keys for split in range(splits - 1)] + [OPEN]
+        rows += [(request, split * keys, end) for split, end in enumerate(ends)]
         first.append(len(rows))
     return rows, first
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ntops_mla import ops
-from ntops_mla.ops import _attention
+from ntops_mla.ops import _attention, _paged
 from ntops_mla.testing import DECODE_LSE, DECODE_OUT, PREFILL_LSE, PREFILL_OUT, Tolerance, assert_close
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -760,6 +760,26 @@ def test_values_narrower_than_keys_are_read_with_what_lies_behind_them(room, dty
     assert out.shape == (2, 3, 5, 128)
 
 
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_unused_slots_are_zeroed_alike(page_size):
+    used = [3 * page_size - n % page_size for n in (0, 1, 5, 15)]
+    rows = torch.randn(4, 3 * page_size, 6)
+    masked, sliced = rows.clone(), rows.clone()
+    _paged._zero_masked(masked, torch.tensor(used)[:, None], page_size)
+    _paged._zero_slices(sliced, used)
+    for index, count in enumerate(used):
+        rows[index, count:] = 0
+    assert torch.equal(masked, rows) and torch.equal(sliced, rows)
+
+
+def test_decode_in_pytorch_where_gradients_are_recorded():
+    args = decode_inputs([70, 3], dtype=torch.float32)
+    expected = ops.mla_decode.reference(*args)
+    args[2].requires_grad_()
+    for one, other in zip(ops.mla_decode.reference(*args), expected):
+        assert torch.equal(one, other)
+
+
 def test_merge_is_a_softmax_over_both():
     q, k, v = (torch.randn(2, 3, n, 8) for n in (5, 12, 12))
     whole, whole_lse = _attention.attend(q, k, v, 0.5)
@@ -1297,7 +1317,7 @@ MEMORY = {
     """,
     "decode of several tokens by rows": """
         import importlib
-        from ntops_mla.ops import _attention
+        from ntops_mla.ops import _attention, _paged
         decode = importlib.import_module("ntops_mla.ops._paged")
         decode.attend = lambda q, k, v, scale, mask: _attention._attend_by_rows(q, k, v, scale, mask, False)
         cache = torch.randn(keys // 64, 64, 576).bfloat16()

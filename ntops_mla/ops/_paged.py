@@ -152,16 +152,31 @@ def _attend_span(q, paged, table, view, rows, scale, first_page, has_last):
     # [G, pages * page_size, D]
     k = _gather(paged, table.reshape(-1)).view(group, pages * page_size, -1)
     if has_last:
-        # The last page's slots past the length hold anything, NaN too, and 0 x NaN is NaN: zero them in the copy. A
-        # masked_fill_ of the last pages takes four times as long.
-        for own, length in zip(k, view.lengths[rows]):
-            own[length - start :].zero_()
+        # The last page's slots past the length hold anything, NaN too, and 0 x NaN is NaN: zero them in the copy.
+        if k.device.type == "cpu":
+            _zero_slices(k, [length - start for length in view.lengths[rows]])
+        else:
+            _zero_masked(k, view.limit[rows, -1:] - start, page_size)
     k = k[:, None]
     if not view.causal:
         # The heads, and s_q's rows, are attend's rows: one mask row serves them all.
         out, lse = attend(q.flatten(1, 2)[:, None], k, k, scale, view.mask(rows, start, start + k.shape[2]))
         return out[:, 0].unflatten(1, q.shape[1:3]), lse[:, 0].unflatten(1, q.shape[1:3])
     return _attend_causal(q, k, view, rows, scale, start)
+
+
+def _zero_slices(k, used):
+    """k `[G, keys, D]` from `used` keys on, a list: on a CPU four times as fast as the mask."""
+    for index, count in enumerate(used):
+        if count < k.shape[1]:
+            k[index, count:].zero_()
+
+
+def _zero_masked(k, used, page_size):
+    """k `[G, keys, D]` from `used` keys `[G, 1]` on, which lie in the last page: in one launch."""
+    first = k.shape[1] - page_size
+    slot = torch.arange(first, k.shape[1], device=k.device)
+    k[:, first:].masked_fill_((slot >= used)[..., None], 0)
 
 
 def _attend_causal(q, k, view, rows, scale, start):

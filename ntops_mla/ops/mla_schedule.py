@@ -15,20 +15,23 @@ from ntops_mla.platform import Platform, detect
 
 # Keys that splits are counted in: a multiple of every tile's.
 UNIT = 128
+# Blocks of all requests that are counted at most: sums are int32.
+_SUM = 2**30
 # Where a request's last split ends: at its length, whatever that is by then.
 _OPEN = 2**31 - 1
 # Rows of a program of decode, as FlashMLA counts them when it shares out its processors.
 _ROWS = 64
 # Requests for each part from which on nothing is cut: mla_combine has a program for each row of a request, which only
-# finds that there is nothing to join, and those of so many would take a tenth of decode's time.
+# finds that there is nothing to join, and those of so many would take a tenth of decode's time. It bounds the room for
+# parts, too, of which only those of cut requests are touched: 173 MB for 527 requests of 128 heads on 132 processors.
 _WAVES = 4
 
 
 def mla_schedule(seq_lens: torch.Tensor, rows: int, num_parts: int | None = None) -> torch.Tensor:
     """Cut requests of different lengths into splits of no more than a fair share, for mla_decode and mla_decode_fp8.
 
-    blocks[b] = ceil(seq_lens[b] / 128);  share = max(ceil(sum(blocks) / num_parts), 2);  splits[b] = max(1,
-    ceil(blocks[b] / share));  first[b] = splits[0] + ... + splits[b - 1]
+    blocks[b] = min(ceil(seq_lens[b] / 128), floor(2^30 / B));  share = max(ceil(sum(blocks) / num_parts), 2);
+    splits[b] = max(1, ceil(blocks[b] / share));  first[b] = splits[0] + ... + splits[b - 1]
 
     seq_lens: int32 `[B]`, with the new tokens. rows: s_q H, the queries of a request. num_parts: how many splits of
     equal size would fill the device, None: two for each of its processors, over the programs of 64 rows that a split
@@ -45,7 +48,7 @@ def decode_schedule(seq_lens: torch.Tensor, rows: int, keys: int) -> torch.Tenso
     """The schedule of decode calls of `rows` = s_q H rows and at most `keys` keys a request.
 
     None where its kernel does not run, and where it is not wanted: of one request equal splits are fair, short ones are
-    never cut, and of very many the longest is a small part of the whole.
+    never cut, and very many fill the device whole. (Of these, one far longer than all others is the last to end.)
     """
     batch = seq_lens.shape[0]
     if batch < 2 or keys <= SPLIT_KEYS or batch >= _WAVES * _parts(seq_lens.device, rows, None):
@@ -78,8 +81,8 @@ def _reference(seq_lens, rows, num_parts):
     batch, device = seq_lens.shape[0], seq_lens.device
     num_parts = _parts(device, rows, num_parts)
     schedule = torch.zeros(batch + num_parts, 4, dtype=torch.int32, device=device)
-    blocks = (seq_lens.long().clamp(min=0) + UNIT - 1) // UNIT
-    share = ((blocks.sum() + num_parts - 1) // num_parts).clamp(SPLIT_KEYS // UNIT, 1 << 30)
+    blocks = ((seq_lens.long().clamp(min=0) + UNIT - 1) // UNIT).clamp(max=_SUM // max(batch, 1))
+    share = ((blocks.sum() + num_parts - 1) // num_parts).clamp(min=SPLIT_KEYS // UNIT)
     splits = ((blocks + share - 1) // share).clamp(min=1)
     first = torch.zeros(batch + 1, dtype=torch.int64, device=device)
     torch.cumsum(splits, 0, out=first[1:])
@@ -90,8 +93,8 @@ def _reference(seq_lens, rows, num_parts):
     if batch:
         keys = (blocks + splits - 1) // splits * UNIT
         split = row - first[known]
-        schedule[:, 1] = torch.where(used, split * keys[known], 0).clamp(max=_OPEN)
-        end = torch.where(split < splits[known] - 1, (split + 1) * keys[known], _OPEN).clamp(max=_OPEN)
+        schedule[:, 1] = torch.where(used, split * keys[known], 0)
+        end = torch.where(split < splits[known] - 1, (split + 1) * keys[known], _OPEN)
         schedule[:, 2] = torch.where(used, end, 0)
     schedule[:, 0] = torch.where(used, request, -1)
     schedule[: batch + 1, 3] = first

@@ -27,7 +27,7 @@ from ntops_mla.testing import Float64MLA, cos_diff
 
 # What a decode step spends its time on, in its order.
 PARTS = ("plan", "projections", "append and rope", "absorb queries", "mla_decode", "absorb values", "o_proj")
-# Beside them: a step cannot be faster than its weights are multiplied.
+# Beside them: what its weights take where each is multiplied as PyTorch does it.
 PRODUCTS = "its products alone"
 
 

@@ -120,12 +120,14 @@ def test_rows_of_nobody_are_not_looked_at():
     check_decode(args, schedule=schedule)
 
 
-@pytest.mark.parametrize("filler", [2_000_000_000, -7, 1])
+@pytest.mark.parametrize("filler", [2_000_000_000, -7, 1, "rising"])
 @pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
 def test_a_schedule_that_was_never_written_leads_nowhere(fp8, filler, launches):
     """As another graph's may be before its first replay: any result, and no access outside a tensor."""
     op, make = (ops.mla_decode_fp8, fp8_inputs) if fp8 else (ops.mla_decode, decode_inputs)
-    schedule = torch.full((5, 4), filler, dtype=torch.int32)
+    # "rising": each request looks like one that is not cut
+    rising = torch.arange(5, dtype=torch.int32)[:, None].expand(5, 4).contiguous()
+    schedule = rising if filler == "rising" else torch.full((5, 4), filler, dtype=torch.int32)
     by_kernel(op, *make([300, 2], heads=3, dtype=torch.float32), schedule=schedule)
     assert [name for name, _ in launches] == [op.__name__, "mla_combine"]
 
