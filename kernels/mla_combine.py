@@ -6,7 +6,7 @@ part float32 `[B, num_splits, s_q * H, C]`, part_lse float32 `[B, num_splits, s_
 `[B, s_q, H, C]`, lse float32 `[B, s_q, H]` (any strides). Only the splits that hold keys are read; their number follows
 from seq_len as it does in `mla_decode`. `planned`: part is `[n, 1, s_q * H, C]`, part_lse `[n, 1, s_q, H]`, and which
 of them are a request's stands in the last column of schedule int32 `[n, 4]`, as `mla_schedule` writes it; a request
-that is not cut has its result already. Otherwise schedule is any int32 `[., .]` that is not looked at. One program per
+that is not cut has its out already. Otherwise schedule is any int32 `[., .]` that is not looked at. One program per
 row: a loop over the splits with the row in registers, so that no two-dimensional tile is reduced over its first axis,
 which not every compiler can do.
 
@@ -72,6 +72,7 @@ def application(part, part_lse, seq_lens, schedule, least, planned, block_n, out
         first = ntl.maximum(schedule[request, 3], 0)
         last = ntl.minimum(schedule[request + 1, 3], part.shape[0])
         if schedule[request + 1, 3] - schedule[request, 3] == 1:
+            lse = part_lse[ntl.cast(first, ntl.int64), 0]
             return
     else:
         seq_len = seq_lens

@@ -9,9 +9,9 @@ rows of one matrix, because all of them share the keys. A program takes `block_h
 keys, `block_n` at a time; with one split it writes the result itself.
 
 `planned`: which keys of which request a program takes stands in schedule int32 `[n, 4]`, as `mla_schedule` writes it,
-and out is `[n, 1, s_q * H, C]`, lse `[n, 1, s_q, H]`; a request that is not cut is written to whole `[B, s_q, H, C]`
-and whole_lse `[B, s_q, H]` instead. Otherwise each request has the same number of splits, and schedule, any int32
-`[., .]`, whole and whole_lse are not looked at.
+and out is `[n, 1, s_q * H, C]`, lse `[n, 1, s_q, H]`; the out of a request that is not cut is written to whole `[B,
+s_q * H, C]` instead. Otherwise each request has the same number of splits, and neither schedule, any int32 `[., .]`,
+nor whole is looked at.
 
 - A tile of keys is loaded once: its first C columns are the values too.
 - The latent is cut into parts of `block_c` columns, each with its own accumulator. Which takes fewer registers hangs on
@@ -36,7 +36,7 @@ from ninetoothed import Tensor
 
 def arrangement(
     q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, schedule, softmax_scale, least, causal, planned, block_n,
-    out, lse, whole, whole_lse, block_h, block_c,
+    out, lse, whole, block_h, block_c,
 ):  # fmt: skip
     # B and num_splits; planned: n and 1
     batch = out.shape[0]
@@ -81,11 +81,11 @@ def arrangement(
     lse_arranged = lse.flatten(start_dim=2, end_dim=4).tile((1, 1, block_h))
     lse_arranged.dtype = lse_arranged.dtype.squeeze((0, 1))
 
-    # (B, num_splits, row blocks) x (B,) x (block_h,)
-    whole_lse_arranged = whole_lse.flatten(start_dim=1, end_dim=3).tile((1, block_h)).tile((-1, 1))
-    whole_lse_arranged = whole_lse_arranged.unsqueeze(1).expand((batch, num_splits, -1))
-    whole_lse_arranged.dtype = whole_lse_arranged.dtype.squeeze(1)
-    whole_lse_arranged.dtype.dtype = whole_lse_arranged.dtype.dtype.squeeze(0)
+    # (B, num_splits, row blocks) x (B, parts) x (block_h, block_c)
+    whole_arranged = whole.tile((1, block_h, block_c)).tile((-1, 1, -1)).squeeze(2).unsqueeze(1)
+    whole_arranged = whole_arranged.expand((batch, num_splits, -1))
+    whole_arranged.dtype = whole_arranged.dtype.squeeze(1)
+    whole_arranged.dtype.dtype = whole_arranged.dtype.dtype.squeeze(0)
 
     return (
         q_nope_arranged,
@@ -102,14 +102,13 @@ def arrangement(
         block_n,
         out_arranged,
         lse_arranged,
-        rows(whole, block_c),
-        whole_lse_arranged,
+        whole_arranged,
     )
 
 
 def application(
     q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, schedule, softmax_scale, least, causal, planned, block_n,
-    out, lse, whole, whole_lse,
+    out, lse, whole,
 ):  # fmt: skip
     if planned:
         split = lse.offsets(0)
@@ -133,6 +132,9 @@ def application(
         idle = (start >= end) & (split > 0)
     if idle:
         return
+    if planned:
+        # Asked here, where no accumulator holds registers yet
+        alone = schedule[row + 1, 3] - schedule[row, 3] == 1
     # Of the queries and pages, and of the results
     batch = ntl.cast(row, ntl.int64)
     target = ntl.cast(lse.offsets(0), ntl.int64)
@@ -194,17 +196,16 @@ def application(
 
     # A row without keys: out 0, lse -inf
     divisor = ntl.where(total == 0, 1.0, total)
+    lse = ntl.where(total == 0, float("-inf"), (m + ntl.log2(divisor)) * 0.6931471805599453)
     if planned:
-        if schedule[row + 1, 3] - schedule[row, 3] == 1:
+        if alone:
             whole[batch, 0] = acc0 / divisor[:, None]
             if kv_cache.shape[2] == 2:
                 whole[batch, 1] = acc1 / divisor[:, None]
-            whole_lse[batch] = ntl.where(total == 0, float("-inf"), (m + ntl.log2(divisor)) * 0.6931471805599453)
             return
     out[target, 0] = acc0 / divisor[:, None]
     if kv_cache.shape[2] == 2:
         out[target, 1] = acc1 / divisor[:, None]
-    lse = ntl.where(total == 0, float("-inf"), (m + ntl.log2(divisor)) * 0.6931471805599453)
 
 
 def premake(page_size, block_h, block_n, block_c, latent=512, rope=64, dtype=None):
@@ -224,7 +225,6 @@ def premake(page_size, block_h, block_n, block_c, latent=512, rope=64, dtype=Non
         Tensor(0, constexpr=True, name="block_n"),
         Tensor(shape=(None, None, None, latent), name="out"),
         Tensor(4, name="lse"),
-        Tensor(shape=(None, None, None, latent), name="whole"),
-        Tensor(3, name="whole_lse"),
+        Tensor(shape=(None, None, latent), name="whole"),
     )
     return functools.partial(arrangement, block_h=block_h, block_c=block_c), application, tensors

@@ -7,8 +7,7 @@ q_nope `[B, s_q, H, 512]`, q_pe `[B, s_q, H, 64]`; of each token's 656 bytes the
 page_size, 512]`, the next 16 as scales, float32 `[pages, page_size, 4]`, and the last 128 in pe, a page's bytes as
 bfloat16, `[pages, page_size * 328]`; block_table int32 `[B, max_pages]`, seq_lens int32 `[B]` -> out `[B, num_splits,
 s_q * H, 512]`, lse float32 `[B, num_splits, s_q, H]`, of each split's own keys; `mla_combine` joins the splits. Rows,
-splits, `planned`, masks and sentinels are as in `mla_decode`; schedule int32 `[n, 4]`, whole `[B, s_q, H, 512]`,
-whole_lse `[B, s_q, H]`.
+splits, `planned`, masks and sentinels are as in `mla_decode`; schedule int32 `[n, 4]`, whole `[B, s_q * H, 512]`.
 
 - A tile of keys is dequantised once, for all rows of a program: scale * code in float32, rounded to the queries' dtype.
   It goes by groups of 128 columns, each with its own accumulator: a tile of 512 is more float32 values than registers.
@@ -34,7 +33,7 @@ from ninetoothed import Tensor
 
 def arrangement(
     q_nope, q_pe, codes, scales, pe, block_table, seq_lens, schedule, softmax_scale, least, causal, planned, block_n,
-    hardware, out, lse, whole, whole_lse, block_h,
+    hardware, out, lse, whole, block_h,
 ):  # fmt: skip
     # B and num_splits; planned: n and 1
     batch = out.shape[0]
@@ -85,11 +84,11 @@ def arrangement(
     lse_arranged = lse.flatten(start_dim=2, end_dim=4).tile((1, 1, block_h))
     lse_arranged.dtype = lse_arranged.dtype.squeeze((0, 1))
 
-    # (B, num_splits, row blocks) x (B,) x (block_h,)
-    whole_lse_arranged = whole_lse.flatten(start_dim=1, end_dim=3).tile((1, block_h)).tile((-1, 1))
-    whole_lse_arranged = whole_lse_arranged.unsqueeze(1).expand((batch, num_splits, -1))
-    whole_lse_arranged.dtype = whole_lse_arranged.dtype.squeeze(1)
-    whole_lse_arranged.dtype.dtype = whole_lse_arranged.dtype.dtype.squeeze(0)
+    # (B, num_splits, row blocks) x (B, parts) x (block_h, 128)
+    whole_arranged = whole.tile((1, block_h, 128)).tile((-1, 1, -1)).squeeze(2).unsqueeze(1)
+    whole_arranged = whole_arranged.expand((batch, num_splits, -1))
+    whole_arranged.dtype = whole_arranged.dtype.squeeze(1)
+    whole_arranged.dtype.dtype = whole_arranged.dtype.dtype.squeeze(0)
 
     return (
         q_nope_arranged,
@@ -108,8 +107,7 @@ def arrangement(
         hardware,
         out_arranged,
         lse_arranged,
-        rows(whole, 128),
-        whole_lse_arranged,
+        whole_arranged,
     )
 
 
@@ -129,7 +127,7 @@ def dequantized(byte, scale, hardware, like):
 
 def application(
     q_nope, q_pe, codes, scales, pe, block_table, seq_lens, schedule, softmax_scale, least, causal, planned, block_n,
-    hardware, out, lse, whole, whole_lse,
+    hardware, out, lse, whole,
 ):  # fmt: skip
     if planned:
         split = lse.offsets(0)
@@ -153,6 +151,9 @@ def application(
         idle = (start >= end) & (split > 0)
     if idle:
         return
+    if planned:
+        # Asked here, where no accumulator holds registers yet
+        alone = schedule[row + 1, 3] - schedule[row, 3] == 1
     # Of the queries and pages, and of the results
     batch = ntl.cast(row, ntl.int64)
     target = ntl.cast(lse.offsets(0), ntl.int64)
@@ -256,19 +257,18 @@ def application(
 
     # A row without keys: out 0, lse -inf
     divisor = ntl.where(total == 0, 1.0, total)
+    lse = ntl.where(total == 0, float("-inf"), (m + ntl.log2(divisor)) * 0.6931471805599453)
     if planned:
-        if schedule[row + 1, 3] - schedule[row, 3] == 1:
+        if alone:
             whole[batch, 0] = acc0 / divisor[:, None]
             whole[batch, 1] = acc1 / divisor[:, None]
             whole[batch, 2] = acc2 / divisor[:, None]
             whole[batch, 3] = acc3 / divisor[:, None]
-            whole_lse[batch] = ntl.where(total == 0, float("-inf"), (m + ntl.log2(divisor)) * 0.6931471805599453)
             return
     out[target, 0] = acc0 / divisor[:, None]
     out[target, 1] = acc1 / divisor[:, None]
     out[target, 2] = acc2 / divisor[:, None]
     out[target, 3] = acc3 / divisor[:, None]
-    lse = ntl.where(total == 0, float("-inf"), (m + ntl.log2(divisor)) * 0.6931471805599453)
 
 
 def premake(page_size, block_h, block_n, hardware, dtype=None):
@@ -290,7 +290,6 @@ def premake(page_size, block_h, block_n, hardware, dtype=None):
         Tensor(0, constexpr=True, name="hardware"),
         Tensor(shape=(None, None, None, 512), name="out"),
         Tensor(4, name="lse"),
-        Tensor(shape=(None, None, None, 512), name="whole"),
-        Tensor(3, name="whole_lse"),
+        Tensor(shape=(None, None, 512), name="whole"),
     )
     return functools.partial(arrangement, block_h=block_h), application, tensors

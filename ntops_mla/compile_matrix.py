@@ -143,6 +143,7 @@ def _compile(case: Case, triton_version: str, kernel: kernels.Kernel, args: tupl
         "split": given["out"].dtype == torch.float32 if kernel.name in _SPLIT else None,
         "flat": given.get("flat"),
         "planned": given.get("planned"),
+        "want_max": given.get("want_max"),
         "tile": {**kernel.parameters, "num_warps": kernel.num_warps, "num_stages": kernel.num_stages},
     }
     try:

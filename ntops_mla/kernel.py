@@ -69,6 +69,7 @@ class Kernel:
         if interpreter.enabled():
             interpreter.activate()
         import ninetoothed
+        from ninetoothed.naming import remove_prefixes
 
         arrangement, application, tensors = importlib.import_module(f"ntops_mla.kernels.{name}").premake(**parameters)
         handle = ninetoothed.make(
@@ -76,7 +77,7 @@ class Kernel:
         )
         self.name, self.num_warps, self.num_stages = name, num_warps, num_stages
         self.options, self.parameters, self.environment = dict(options), dict(parameters), environment
-        self.arguments = tuple(t.name for t in tensors)  # their names, in order
+        self.arguments = tuple(remove_prefixes(t.name) for t in tensors)  # their names, in order
         # Tensors without any fixed size are lists of lengths and the like; numbers count too.
         loose = tuple(t.name for t in tensors if not any(isinstance(size, int) for size in t.shape))
         self.source = tidy(pathlib.Path(handle._source).read_text(encoding="utf-8"), name, loose)

@@ -19,8 +19,15 @@ _STAND_IN = (
 )
 
 
-def _tile(kernel: str, warps: int, dtypes: tuple[str, ...] = (), when=(), **blocks) -> Tile:
-    return Tile(kernel, blocks, warps, 1, _STAND_IN, dtypes=dtypes, when=dict(when))
+def _tile(
+    kernel: str,
+    warps: int,
+    dtypes: tuple[str, ...] = (),
+    when=(),
+    triton: tuple[str | None, str | None] = (None, None),
+    **blocks,
+) -> Tile:
+    return Tile(kernel, blocks, warps, 1, _STAND_IN, dtypes=dtypes, triton=triton, when=dict(when))
 
 
 PLATFORM = Platform(
@@ -79,6 +86,8 @@ PLATFORM = Platform(
         # Products of 16 rows or keys: refused until they were tried on the board (least_product above).
         # 32 rows and 16 keys: the queries and a tile of keys take 55 KB where a compiler puts both into shared memory
         _tile("mla_decode", 4, _HALF, when={"rows": (17, None)}, block_h=32, block_n=16, block_c=512),
+        # 32 keys spill scalars in a planned call (Triton 3.9)
+        _tile("mla_decode", 4, _HALF, triton=("3.9", None), block_h=16, block_n=16, block_c=512),
         _tile("mla_decode", 4, _HALF, block_h=16, block_n=32, block_c=512),
         _tile("mla_decode", 4, ("float32",), block_h=16, block_n=16, block_c=512),
         # The same rows and keys as mla_decode's: what is dequantised takes the place of the tile that is loaded there

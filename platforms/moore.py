@@ -97,6 +97,8 @@ PLATFORM = Platform(
         _tile("mla_decode", 4, _HALF, ("MTT S5000",), {"latent": (256, 256)}, block_h=16, block_n=64, block_c=512),
         # Older Tritons spill with 32 keys
         _tile("mla_decode", 4, _HALF, ("MTT S5000",), triton=(None, "3.6"), block_h=16, block_n=16, block_c=512),
+        # 32 keys spill scalars in a planned call (Triton 3.9)
+        _tile("mla_decode", 4, _HALF, triton=("3.9", None), block_h=16, block_n=16, block_c=512),
         _tile("mla_decode", 4, _HALF, block_h=16, block_n=32, block_c=512),
         _tile("mla_decode", 4, ("float32",), block_h=16, block_n=16, block_c=512),
         _tile("mla_decode_fp8", 8, _HALF, ("MTT S5000",), {"rows": (17, None)}, block_h=32, block_n=32, hardware=0),

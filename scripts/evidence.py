@@ -1,9 +1,11 @@
 """Collects what the Triton of this Python shows: numerics in its interpreter, and every tile compiled.
 
-    python scripts/evidence.py [--folder benchmarks/evidence]
+    python scripts/evidence.py [--folder benchmarks/evidence] [--op mla_decode ...]
 
 Writes FOLDER/triton-VERSION.json: versions, date, commit, `interpreted` (kernel -> tests passed and failed) and
-`compiled` (a row for each platform, architecture, target, kernel and dtype: the worst numbers of its tiles).
+`compiled` (a row for each platform, architecture, target, kernel and dtype: the worst numbers of its tiles). With --op
+only those ops are collected anew, by the tests that name them; what the file held of others stays, and `kept` names the
+commit that it is of: for changes that touch no other kernel.
 """
 
 from __future__ import annotations
@@ -28,9 +30,21 @@ def main() -> int:
     """Status 1 where a test fails or a tile must not be shipped; the file says which."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=pathlib.Path, default=ROOT / "benchmarks" / "evidence")
+    parser.add_argument("--op", action="append", help="of this op alone; may be repeated")
     args = parser.parse_args()
-    interpreted = {path.stem.removeprefix("test_"): run_tests(path) for path in interpreted_files()}
-    compiled = compile_all()
+    path = args.folder / f"triton-{importlib.metadata.version('triton')}.json"
+    kept = None
+    if args.op is not None:
+        if unknown := set(args.op) - set(names("ops")):
+            parser.error(f"--op: there is no op {', '.join(sorted(unknown))}")
+        if not path.exists():
+            parser.error(f"--op: {path} does not exist, so that there is nothing to put it into")
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    interpreted = {path.stem.removeprefix("test_"): run_tests(path) for path in interpreted_files(args.op)}
+    compiled = compile_all(args.op)
+    if kept is not None:
+        interpreted = {**kept["interpreted"], **interpreted}
+        compiled = [row for row in kept["compiled"] if row["op"] not in args.op] + compiled
     found = {
         "triton": importlib.metadata.version("triton"),
         "ninetoothed": importlib.metadata.version("ninetoothed"),
@@ -40,11 +54,11 @@ def main() -> int:
         "date": datetime.date.today().isoformat(),
         "commit": git("rev-parse", "--short", "HEAD")
         + ("+" if git("status", "--porcelain", "kernels", "ntops_mla", "platforms", "tests") else ""),
+        "kept": kept and {"commit": kept["commit"], "date": kept["date"], "but": sorted(args.op)},
         "interpreted": interpreted,
         "compiled": compiled,
     }
     args.folder.mkdir(parents=True, exist_ok=True)
-    path = args.folder / f"triton-{found['triton']}.json"
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     failed = [name for name, counts in interpreted.items() if counts["failed"]]
     spoiled = [row for row in compiled if row["problems"]]
@@ -53,9 +67,13 @@ def main() -> int:
     return 1 if failed or spoiled else 0
 
 
-def interpreted_files() -> list[pathlib.Path]:
-    """The files of tests/interpreted."""
-    return sorted((ROOT / "tests" / "interpreted").glob("test_*.py"))
+def interpreted_files(ops: list[str] | None) -> list[pathlib.Path]:
+    """The files of tests/interpreted, of `ops` those that name one."""
+    files = sorted((ROOT / "tests" / "interpreted").glob("test_*.py"))
+    if ops is None:
+        return files
+    named = re.compile(rf"\b({'|'.join(ops)})\b")
+    return [path for path in files if named.search(path.read_text(encoding="utf-8"))]
 
 
 def run_tests(path: pathlib.Path) -> dict[str, int]:
@@ -84,13 +102,14 @@ def run_tests(path: pathlib.Path) -> dict[str, int]:
     return {"passed": counts.get("passed", 0), "failed": failed, "skipped": counts.get("skipped", 0)}
 
 
-def compile_all() -> list[dict]:
-    """The rows of `python -m ntops_mla compile --all`, put together."""
-    rows = run_compile()
+def compile_all(ops: list[str] | None) -> list[dict]:
+    """The rows of `python -m ntops_mla compile --all`, put together; ops: None for all."""
+    runs = [run_compile()] if ops is None else [run_compile("--op", op) for op in ops]
+    rows = None if None in runs else list(itertools.chain(*runs))
     if rows is None:
         print("  the compiler ended the process: one for each platform and op", flush=True)
         rows = []
-        for platform, op in itertools.product(names("platforms"), names("ops")):
+        for platform, op in itertools.product(names("platforms"), ops or names("ops")):
             rows += run_compile("--platform", platform, "--op", op) or [
                 {
                     **dict.fromkeys(("arch", "target", "stand_in"), None),

@@ -82,6 +82,17 @@ def test_every_kernel_is_compiled_for_every_architecture(rows_of, name):
         }, arch
 
 
+@pytest.mark.parametrize("kernel", ["mla_decode", "mla_decode_fp8"])
+def test_every_form_of_decode_is_a_row_of_its_own(rows_of, kernel):
+    """Constants of a call are compiled in: one form may spill where the others do not."""
+    done, rows = rows_of("nvidia")
+    arch = "sm_90"
+    forms = {(r["split"], r["causal"], r["planned"]) for r in rows if r["kernel"] == kernel and r["arch"] == arch}
+    of_results, parts, planned = (False, False), (True, False), (True, True)
+    assert forms >= {(split, causal, plan) for split, plan in (of_results, parts, planned) for causal in (False, True)}
+    assert "bfloat16 split causal planned" in done.stdout
+
+
 def _public(limits):
     return limits.triton_target is not None and str(limits.triton_target.value) in TARGETS
 

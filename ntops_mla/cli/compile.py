@@ -14,8 +14,12 @@ from ntops_mla.cli import arguments
 HELP = "compile the kernels for the platforms' targets, and show registers, spills and shared memory"
 
 _COLUMNS = (
-    ("kernel", 13), ("platform", 9), ("arch", 10), ("target", 12), ("dtype", 21), ("tile", 46), ("registers", 9),
+    ("kernel", 13), ("platform", 9), ("arch", 10), ("target", 12), ("dtype", 22), ("tile", 46), ("registers", 9),
     ("spill", 6), ("shared", 7), ("programs", 8), ("products", 8), ("async", 6), ("copies", 6),
+)  # fmt: skip
+# What a compiled kernel hangs on: of others it is the same one again.
+_IDENTITY = (
+    "kernel", "arch", "platform", "target", "dtype", "split", "causal", "flat", "planned", "want_max", "tile",
 )  # fmt: skip
 _SHORT = {"block_h": "h", "block_m": "m", "block_n": "n", "block_c": "c", "page_size": "page", "qk_width": "qk"}
 
@@ -52,12 +56,7 @@ def run(args: argparse.Namespace) -> int:
     rows, seen = [], set()
     for case in cases(chosen, [args.op] if args.op else list(ops.names()), args.all):
         for row, compiled, source in compile_case(case):
-            identity = json.dumps(
-                [
-                    row[key]
-                    for key in ("kernel", "arch", "platform", "target", "dtype", "split", "causal", "flat", "tile")
-                ]
-            )
+            identity = json.dumps([row[key] for key in _IDENTITY])
             if identity in seen:
                 continue
             seen.add(identity)
@@ -85,7 +84,7 @@ def line(row: dict[str, Any]) -> str:
         row["platform"],
         row["arch"],
         row["target"] + "*" * row["stand_in"],
-        row["dtype"] + " split" * bool(row["split"]) + " causal" * bool(row["causal"]),
+        row["dtype"] + "".join(f" {form}" for form in ("split", "causal", "planned") if row[form]),
         f"{' '.join(blocks)} {tile['num_warps']} warps, {tile['num_stages']} stages",
         *(row.get(key) for key in (
             "registers", "spill_bytes", "shared_bytes", "programs", "products", "asynchronous", "async_copies",

@@ -118,7 +118,8 @@ def launch(
     # [B, s_q, H]
     lse_rows = lse.transpose(1, 2)
     if part is None:
-        made.attend(*inputs, out.flatten(1, 2)[:, None], lse_rows[:, None], out, lse_rows, key=key)
+        rows = out.flatten(1, 2)
+        made.attend(*inputs, rows[:, None], lse_rows[:, None], rows, key=key)
         return
-    made.attend(*inputs, part, part_lse, out, lse_rows, key=key)
+    made.attend(*inputs, part, part_lse, out.flatten(1, 2), key=key)
     made.combine(part, part_lse, seq_lens, schedule, least, planned, made.block_n, out, lse_rows, key=key)

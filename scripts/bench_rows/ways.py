@@ -124,7 +124,7 @@ def kernels(problem, tile: Tile | None = None) -> Iterator[Way]:
         if splits == 1:
             both()
         else:
-            made.attend(*inputs, causal, False, made.block_n, part, part_lse, out, lse.transpose(1, 2))
+            made.attend(*inputs, causal, False, made.block_n, part, part_lse, out.flatten(1, 2))
 
     numbers = None if tile is None else {**tile.blocks, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
     note = f"splits {splits}"

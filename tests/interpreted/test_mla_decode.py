@@ -198,7 +198,7 @@ def test_inputs_stay_and_the_kernel_takes_them_as_they_are(launches):
         torch.testing.assert_close(value, copy, rtol=0, atol=0, equal_nan=True)
     bf16, f32, i32 = torch.bfloat16, torch.float32, torch.int32
     assert launches == [
-        ("mla_decode", (bf16, bf16, bf16, bf16, i32, i32, i32, f32, f32, bf16, f32)),
+        ("mla_decode", (bf16, bf16, bf16, bf16, i32, i32, i32, f32, f32, bf16)),
         ("mla_combine", (f32, f32, i32, i32, bf16, f32)),
     ]
 
