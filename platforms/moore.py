@@ -106,6 +106,18 @@ PLATFORM = Platform(
         # The same rows and keys as mla_decode's: what is dequantised takes the place of the tile that is loaded there
         _tile("mla_decode_fp8", 4, _HALF, when={"rows": (17, None)}, block_h=32, block_n=16, hardware=0),
         _tile("mla_decode_fp8", 4, _HALF, block_h=16, block_n=32, hardware=0),
+        # Spills with 4 warps and with 8 where each row has keys of its own
+        _tile(
+            "mla_decode_fp8",
+            16,
+            ("float32",),
+            ("MTT S5000",),
+            {"causal": (1, 1)},
+            ("3.6", "3.7"),
+            block_h=16,
+            block_n=16,
+            hardware=0,
+        ),
         _tile("mla_decode_fp8", 4, ("float32",), block_h=16, block_n=16, hardware=0),
         _tile("mla_sparse", 8, _HALF, ("MTT S5000",), {"rows": (17, None)}, block_h=32, block_n=32, block_c=512),
         _tile("mla_sparse", 4, _HALF, when={"rows": (17, None)}, block_h=32, block_n=16, block_c=512),

@@ -142,6 +142,8 @@ _DECODE_FP8 = (
     # Where 8 warps spill
     *_fp8(16, 16, 4, 1, 1, "sm_86", dtypes=("float32",), triton=("3.9", None)),
     *_fp8(16, 16, 4, 1, 1, "sm_90", dtypes=("float32",), triton=("3.6", "3.7")),
+    # One stage spills
+    *_fp8(16, 16, 8, 2, 1, "sm_80", "sm_87", dtypes=("float32",), triton=("3.6", "3.7")),
     *_fp8(16, 16, 8, 1, 1, dtypes=("float32",)),
     # Addresses for each key: 64 keys spill, and so do 32 with 4 warps
     *_fp8(32, 32, 8, 2, 17, kernel="mla_sparse_fp8"),
