@@ -211,7 +211,7 @@ def _parts(size: str):
     if size == "quick":
         yield _layer("parts", "a-tiny", scenario.TINY_DECODE.lengths, scenario.TINY_DECODE.pasts, "decode", "scenario")
         return
-    for config in ("a", "r1") if size == "device" else ("a",):
+    for config in ("a", "r1"):
         yield _layer("parts", config, scenario.DECODE.lengths, scenario.DECODE.pasts, "decode", "scenario")
     if size == "device":
         yield _layer("parts", "r1", (1,) * 128, (4 * K - 1,) * 128, f"decode-b128-k{4 * K}", "layer")
