@@ -208,6 +208,9 @@ class Tile:
         for name in ("arch", "dtypes", "options"):
             if not isinstance(getattr(self, name), tuple):
                 raise TypeError(f"Tile({self.kernel!r}): {name} must be a tuple, got {getattr(self, name)!r}")
+        for name, (low, _) in dict(self.when).items():
+            if not isinstance(low, int):
+                raise TypeError(f"Tile({self.kernel!r}): when[{name!r}] must begin with an integer, got {low!r}")
         object.__setattr__(self, "blocks", MappingProxyType(dict(self.blocks)))
         object.__setattr__(self, "when", MappingProxyType(dict(self.when)))
 

@@ -120,6 +120,8 @@ _DECODE = (
     _decode(32, 32, 512, 4, 2, 17, "sm_90", triton=("3.6", "3.7"), when={"latent": (256, 256)}),
     _decode(32, 64, 512, 8, 2, 17, "sm_80", "sm_87", "sm_90", "sm_100", when={"page_size": (32, None)}),
     _decode(32, 16, 512, 4, 2, 17, *_SMALL, triton=("3.6", None)),
+    # 32 keys in three stages spill there
+    _decode(16, 64, 512, 4, 2, 1, "sm_100", triton=("3.9", None), when={"latent": (256, 256)}),
     # Three stages keep two tiles of keys in flight, and two programs fit on a processor
     _decode(16, 32, 512, 4, 3, 1, "sm_90", "sm_100"),
     _decode(16, 64, 512, 4, 2, 1, when={"latent": (256, 256)}),
@@ -134,7 +136,7 @@ _DECODE_FP8 = (
     *_fp8(64, 32, 8, 2, 33, "sm_90", dtypes=("bfloat16",), triton=("3.6", "3.7")),
     # Spills where each row has keys of its own, and, in Triton 3.9, in pages of 128
     *_fp8(32, 64, 8, 2, 17, "sm_90", triton=("3.6", "3.7"), when={"rows": (17, None), "causal": (0, 0)}),
-    *_fp8(32, 64, 8, 2, 17, "sm_90", when={"rows": (17, None), "causal": (0, 0), "page_size": (None, 64)}),
+    *_fp8(32, 64, 8, 2, 17, "sm_90", when={"rows": (17, None), "causal": (0, 0), "page_size": (1, 64)}),
     *_fp8(32, 32, 8, 2, 17),
     *_fp8(16, 16, 4, 2, 1, *_SMALL),
     # Two programs fit on a processor

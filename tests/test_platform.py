@@ -246,6 +246,11 @@ UNKNOWN = Fact(None, "nowhere")
         (lambda: Limits("a", None, Fact(0, "x"), UNKNOWN, UNKNOWN), ValueError, "shared_memory must be positive"),
         (lambda: Markers(1, "cuda"), ValueError, "nothing tells"),
         (lambda: Markers(1, "cuda", device_names="NVIDIA"), TypeError, "device_names must be a tuple"),
+        (
+            lambda: platforms.Tile("a", {}, 4, 1, "x", when={"rows": (None, 9)}),
+            TypeError,
+            "rows.*begin with an integer",
+        ),
         (lambda: LaunchOption("a", ("1",), "magic", ("rope",), "x"), ValueError, "environment"),
         (lambda: LaunchOption("a", ("1",), "launch", ("rope",), ""), ValueError, "source"),
         (lambda: CILane("toy", "runner", None, source=""), ValueError, "source"),
