@@ -97,7 +97,9 @@ from ntops_mla.board import Board
 from ntops_mla.platform import get_platform
 prepare, prepared = kernel.Kernel._prepare, []
 def noting(self, args):
-    prepared.append((self.name, args[0].dtype, args[-2].dtype))
+    # Behind its out: lse, and mla_decode's whole
+    out = args[{"mla_decode": -3, "mla_combine": -2}[self.name]]
+    prepared.append((self.name, args[0].dtype, out.dtype))
     return prepare(self, args)
 kernel.Kernel._prepare = noting
 platform = get_platform("nvidia")
