@@ -40,12 +40,15 @@ def arrangement(kv_a_latent, kv_a_pe, weight, cos, sin, slots, eps, codes, scale
     )
 
 
-# float32 -> the nearest bfloat16, ties to even, in a float32: by integers, as nothing here is computed in two bytes
-def to_bfloat16(x):
-    bits = ntl.cast(x, ntl.int32, bitcast=True)
+# float32 [512] -> RMSNorm of it, each number the nearest bfloat16, ties to even, in a float32: [4, 128], by groups. The
+# rounding goes by integers, as nothing here is computed in two bytes.
+def normalised_groups(x, w, eps):
+    factor = ntl.rsqrt(ntl.sum(x * x, axis=0) / 512 + eps)
+    normalised = x * factor * w
+    bits = ntl.cast(normalised, ntl.int32, bitcast=True)
     rounded = ntl.cast((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536, ntl.float32, bitcast=True)
     # The sum would carry a NaN's bits into its sign
-    return ntl.where((bits & 0x7FFFFFFF) > 0x7F800000, x, rounded)
+    return ntl.reshape(ntl.where((bits & 0x7FFFFFFF) > 0x7F800000, normalised, rounded), (4, 128))
 
 
 def application(kv_a_latent, kv_a_pe, weight, cos, sin, slots, eps, codes, scales, pe_cache):
@@ -62,15 +65,9 @@ def application(kv_a_latent, kv_a_pe, weight, cos, sin, slots, eps, codes, scale
     x = ntl.cast(kv_a_latent[token], ntl.float32)
     # [512]
     w = ntl.cast(weight, ntl.float32)
-    factor = ntl.rsqrt(ntl.sum(x * x, axis=0) / weight.shape[0] + eps)
-    normalised = x * factor * w
-    rounded = to_bfloat16(normalised)
-    groups = ntl.reshape(rounded, (4, 128))
+    groups = normalised_groups(x, w, eps)
     bits = latent_quantize.scale_bits(groups)
-    # 2^-k for 2^k
-    inverse = ntl.cast(0x7F000000 - bits, ntl.float32, bitcast=True)
-    scaled = groups * inverse[:, None]
-    code = latent_quantize.encode(scaled)
+    code = latent_quantize.encode(groups, bits)
     codes[page, offset] = ntl.cast(ntl.reshape(code, (512,)), ntl.uint8)
     scales[page, offset] = ntl.cast(bits, ntl.float32, bitcast=True)
 

@@ -21,14 +21,10 @@ from ntops_mla.kernels import latent_append_fp8, latent_quantize, rope
 
 def arrangement(kv_a_latent, kv_a_pe, weight, cos, sin, slots, eps, codes, scales, pe_cache, q_pe, q_out, block_h):
     heads = rope.arrangement(q_pe, cos, sin, q_out, block_h)
-    blocks = heads[0].shape[1]
-
-    def by_block(arranged):
-        # (T,) -> (T, H / block_h)
-        return arranged.unsqueeze(1).expand((-1, blocks)) if arranged.ndim else arranged
-
     rows = latent_append_fp8.arrangement(kv_a_latent, kv_a_pe, weight, cos, sin, slots, eps, codes, scales, pe_cache)
-    return (*map(by_block, rows), heads[0], heads[3])
+    # (T,) -> (T, H / block_h)
+    rows = (rope.beside_heads(row, heads[0].shape[1]) for row in rows)
+    return *rows, heads[0], heads[3]
 
 
 def application(kv_a_latent, kv_a_pe, weight, cos, sin, slots, eps, codes, scales, pe_cache, q_pe, q_out):
@@ -45,15 +41,9 @@ def application(kv_a_latent, kv_a_pe, weight, cos, sin, slots, eps, codes, scale
     x = ntl.cast(kv_a_latent[token], ntl.float32)
     # [512]
     w = ntl.cast(weight, ntl.float32)
-    factor = ntl.rsqrt(ntl.sum(x * x, axis=0) / weight.shape[0] + eps)
-    normalised = x * factor * w
-    rounded = latent_append_fp8.to_bfloat16(normalised)
-    groups = ntl.reshape(rounded, (4, 128))
+    groups = latent_append_fp8.normalised_groups(x, w, eps)
     bits = latent_quantize.scale_bits(groups)
-    # 2^-k for 2^k
-    inverse = ntl.cast(0x7F000000 - bits, ntl.float32, bitcast=True)
-    scaled = groups * inverse[:, None]
-    code = latent_quantize.encode(scaled)
+    code = latent_quantize.encode(groups, bits)
     codes[page, offset] = ntl.cast(ntl.reshape(code, (512,)), ntl.uint8)
     scales[page, offset] = ntl.cast(bits, ntl.float32, bitcast=True)
 

@@ -20,14 +20,10 @@ from ntops_mla.kernels import latent_append, rope
 
 def arrangement(kv_a_latent, kv_a_pe, weight, cos, sin, slots, eps, kv_cache, pe_cache, q_pe, q_out, block_h):
     heads = rope.arrangement(q_pe, cos, sin, q_out, block_h)
-    blocks = heads[0].shape[1]
-
-    def by_block(arranged):
-        # (T,) -> (T, H / block_h)
-        return arranged.unsqueeze(1).expand((-1, blocks)) if arranged.ndim else arranged
-
     rows = latent_append.arrangement(kv_a_latent, kv_a_pe, weight, cos, sin, slots, eps, kv_cache, pe_cache)
-    return (*map(by_block, rows), heads[0], heads[3])
+    # (T,) -> (T, H / block_h)
+    rows = (rope.beside_heads(row, heads[0].shape[1]) for row in rows)
+    return *rows, heads[0], heads[3]
 
 
 def application(kv_a_latent, kv_a_pe, weight, cos, sin, slots, eps, kv_cache, pe_cache, q_pe, q_out):

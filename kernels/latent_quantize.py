@@ -46,7 +46,8 @@ def arrangement(latent, pe, slots, codes, scales, pe_cache):
     return rows(latent, 0, 512, tokens), rows(pe, 0, 64, tokens), scalar(slots), *cache
 
 
-# Comments and no docstrings in what follows: NineToothed would put them into the kernel.
+# Comments and no docstrings in what follows: NineToothed would put them into the kernel. A local must not be named as
+# what a caller passes: NineToothed would take the one for the other.
 # float32 [4, 128] -> the bits of each group's scale, int32 [4]: largest / 448 rounded up to a power of two, at least
 # 2^-13
 def scale_bits(groups):
@@ -56,17 +57,21 @@ def scale_bits(groups):
     return ntl.maximum(exponent, 114) << 23
 
 
-# float32 within +-448, or NaN -> the code of the nearest float8_e4m3fn, ties to even, in an int32
-def encode(scaled):
-    bits = ntl.cast(scaled, ntl.int32, bitcast=True)
+# float32 [4, 128] and scale_bits of them -> the code of the float8_e4m3fn nearest to each group / its scale, ties to
+# even, int32 [4, 128]; of NaN too
+def encode(groups, scales):
+    # 2^-k for 2^k
+    inverse = ntl.cast(0x7F000000 - scales, ntl.float32, bitcast=True)
+    scaled = groups * inverse[:, None]
+    pattern = ntl.cast(scaled, ntl.int32, bitcast=True)
     # Past 448 there is only NaN; 480 is where its code would be
-    size = ntl.minimum(bits & 0x7FFFFFFF, 0x43F00000)
+    size = ntl.minimum(pattern & 0x7FFFFFFF, 0x43F00000)
     # Normal: 20 of 23 fraction bits go, rounded to even; the exponent's bias becomes 7 where it was 127
     normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - 960
     # Below 2^-6: steps of 2^-9, a unit in the last place of 2^14, to which the sum rounds
     sum_bits = ntl.cast(ntl.abs(scaled) + 16384.0, ntl.int32, bitcast=True)
     code = ntl.where(size < 0x3C800000, sum_bits - 0x46800000, normal)
-    return code | ((bits >> 24) & 0x80)
+    return code | ((pattern >> 24) & 0x80)
 
 
 def application(latent, pe, slots, codes, scales, pe_cache):
@@ -83,10 +88,7 @@ def application(latent, pe, slots, codes, scales, pe_cache):
     x = ntl.cast(latent[token], ntl.float32)
     groups = ntl.reshape(x, (4, 128))
     bits = scale_bits(groups)
-    # 2^-k for 2^k
-    inverse = ntl.cast(0x7F000000 - bits, ntl.float32, bitcast=True)
-    scaled = groups * inverse[:, None]
-    code = encode(scaled)
+    code = encode(groups, bits)
     codes[page, offset] = ntl.cast(ntl.reshape(code, (512,)), ntl.uint8)
     scales[page, offset] = ntl.cast(bits, ntl.float32, bitcast=True)
     # [64]

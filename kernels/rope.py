@@ -15,6 +15,11 @@ import ninetoothed.language as ntl
 from ninetoothed import Tensor
 
 
+def beside_heads(arranged, blocks):
+    """(T,) -> (T, blocks), a number as it is: each of a token's row blocks has what the token has."""
+    return arranged.unsqueeze(1).expand((-1, blocks)) if arranged.ndim else arranged
+
+
 def arrangement(q_pe, cos, sin, out, block_h):
     tokens, _, width = q_pe.shape
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -213,6 +213,23 @@ class Tile:
                 raise TypeError(f"Tile({self.kernel!r}): when[{name!r}] must begin with an integer, got {low!r}")
         object.__setattr__(self, "blocks", MappingProxyType(dict(self.blocks)))
         object.__setattr__(self, "when", MappingProxyType(dict(self.when)))
+
+    @classmethod
+    def one_stage(cls, source: str) -> Callable[..., Tile]:
+        """How a platform's file writes tiles without a pipeline, all of one source: the blocks are keywords."""
+
+        def tile(
+            kernel: str,
+            num_warps: int,
+            dtypes: tuple[str, ...] = (),
+            arch: tuple[str, ...] = (),
+            when: Mapping[str, tuple[int, int | None]] = MappingProxyType({}),
+            triton: tuple[str | None, str | None] = (None, None),
+            **blocks: int,
+        ) -> Tile:
+            return cls(kernel, blocks, num_warps, 1, source, arch, dtypes, triton, when)
+
+        return tile
 
     def fits(self, arch: str | None, dtype: str, triton: tuple[int, int] | None, sizes: Mapping[str, int]) -> bool:
         """Whether the tile is for this architecture, dtype, Triton and call; None: any."""

@@ -17,17 +17,7 @@ _HALF = ("bfloat16", "float16")
 _STAND_IN = (
     "derived: cross-compiled for gfx90a and gfx942, which have 64 lanes and 64 KB of shared memory too; never run here"
 )
-
-
-def _tile(
-    kernel: str,
-    warps: int,
-    dtypes: tuple[str, ...] = (),
-    when=(),
-    triton: tuple[str | None, str | None] = (None, None),
-    **blocks,
-) -> Tile:
-    return Tile(kernel, blocks, warps, 1, _STAND_IN, dtypes=dtypes, triton=triton, when=dict(when))
+_tile = Tile.one_stage(_STAND_IN)
 
 
 PLATFORM = Platform(

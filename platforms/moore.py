@@ -15,18 +15,7 @@ _COMPUTES = "the kernel computes in float32 inside"
 _HALF = ("bfloat16", "float16")
 # Chosen on the nearest public targets, for want of this one: no spills there, and shared memory within the limit.
 _STAND_IN = "derived: cross-compiled for sm_80 (S5000), gfx90a and gfx942 (S4000); never run here"
-
-
-def _tile(
-    kernel: str,
-    warps: int,
-    dtypes: tuple[str, ...] = (),
-    arch: tuple[str, ...] = (),
-    when=(),
-    triton: tuple[str | None, str | None] = (None, None),
-    **blocks,
-) -> Tile:
-    return Tile(kernel, blocks, warps, 1, _STAND_IN, arch, dtypes, triton, dict(when))
+_tile = Tile.one_stage(_STAND_IN)
 
 
 PLATFORM = Platform(

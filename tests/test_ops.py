@@ -880,6 +880,17 @@ def is_(value):
     return lambda t: value
 
 
+# What an append must refuse as q_pe, beside 3 tokens of 64 RoPE columns.
+QUERIES = [
+    ("q_pe", is_(torch.zeros(3, 64)), ValueError, "[3, 64]"),
+    ("q_pe", is_(torch.zeros(2, 2, 64)), ValueError, "3"),
+    ("q_pe", is_(torch.zeros(3, 2, 62)), ValueError, "64"),
+    ("q_pe", is_(torch.zeros(3, 2, 64, dtype=torch.float16)), TypeError, "float16"),
+    ("q_pe", is_(torch.zeros(3, 2, 64, device=META)), ValueError, "meta"),
+    ("q_pe", is_(torch.zeros(3, 1, 64).expand(3, 2, 64)), ValueError, "expanded"),
+    ("q_pe", is_([0.0]), TypeError, "list"),
+]
+
 # (op, argument, what becomes of it, exception, further words); the message names the op and the argument.
 BAD = [
     ("rms_norm", "input", lambda t: t[0, 0], ValueError, "[]"),
@@ -940,13 +951,7 @@ BAD = [
     ("latent_append", "cache", is_(None), TypeError, "NoneType"),
     ("latent_append", "slots", is_([0, 1, 2]), TypeError, "list"),
     ("latent_append", "eps", is_("small"), TypeError, "small"),
-    ("latent_append", "q_pe", is_(torch.zeros(3, 64)), ValueError, "[3, 64]"),
-    ("latent_append", "q_pe", is_(torch.zeros(2, 2, 64)), ValueError, "3"),
-    ("latent_append", "q_pe", is_(torch.zeros(3, 2, 62)), ValueError, "64"),
-    ("latent_append", "q_pe", is_(torch.zeros(3, 2, 64, dtype=torch.float16)), TypeError, "float16"),
-    ("latent_append", "q_pe", is_(torch.zeros(3, 2, 64, device=META)), ValueError, "meta"),
-    ("latent_append", "q_pe", is_(torch.zeros(3, 1, 64).expand(3, 2, 64)), ValueError, "expanded"),
-    ("latent_append", "q_pe", is_([0.0]), TypeError, "list"),
+    *[("latent_append", *bad) for bad in QUERIES],
     ("mla_decode", "q_nope", lambda t: t[0], ValueError, "[1, 2, 512]"),
     ("mla_decode", "q_nope", cast(torch.int8), TypeError, "int8"),
     ("mla_decode", "q_pe", lambda t: t[0], ValueError, "[1, 2, 64]"),
