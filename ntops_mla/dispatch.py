@@ -27,6 +27,7 @@ from ntops_mla import platform as platforms
 from ntops_mla.board import Board, Needed
 from ntops_mla.devices import capturing
 from ntops_mla.findings import Findings
+from ntops_mla.kernel import OutOfReach
 from ntops_mla.platform import Gate, Platform, dtype_name
 
 BACKENDS = ("auto", "kernel", "reference")
@@ -57,7 +58,7 @@ class StrictFallbackError(RuntimeError):
 
 
 class KernelFallbackWarning(UserWarning):
-    """A kernel failed to compile or to fit and PyTorch runs in its place from now on."""
+    """A kernel failed to compile or to fit, or cannot address its arguments, and PyTorch runs in its place."""
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: it is part of the key of every call
@@ -192,14 +193,14 @@ def call(op: OpSpec, device: torch.device, args: tuple) -> Any:
     decision = _decisions.get(key)
     if decision is None:
         decision = _decide(op, device, dtypes, sizes)
-    if not _recorders:
-        return decision.run(*args)
-    result = decision.run(*args)
-    # A kernel that failed in this very call has been decided anew.
-    decision = _decisions.get(key) or _decide(op, device, dtypes, sizes)
+    if _recorders:
+        _note(decision.choice)
+    return decision.run(*args)
+
+
+def _note(choice: Choice) -> None:
     for ran in _recorders:
-        ran[op.name] = decision.choice
-    return result
+        ran[choice.op] = choice
 
 
 def explain(op: OpSpec, device: torch.device, args: tuple, platform: Platform | None = None) -> Choice:
@@ -370,7 +371,8 @@ def _remember(key: tuple, decision: _Decision) -> _Decision:
 
 
 class _Launch:
-    """A kernel with its gate; a failure to compile or to fit is remembered, warned once, and falls back to PyTorch."""
+    """A kernel with its gate; a failure to compile or to fit is remembered, warned once, and falls back to PyTorch. One
+    of these very arguments is not remembered: other calls of the same sizes are none the worse for it."""
 
     def __init__(self, op: OpSpec, detection: platforms.Detection, dtypes: tuple, sizes: tuple, mode: str) -> None:
         self._op, self._platform, self._board = op, detection.platform, boards.board_of(detection)
@@ -393,9 +395,10 @@ class _Launch:
     def _fall_back(self, error: Exception, args: tuple) -> Any:
         op, name = self._op, self._platform.name
         reason = f"{type(error).__name__}: {boards.first_line(error)}"
-        with _lock:
-            _failures[self._failure_key] = reason
-            _decisions.clear()
+        if not isinstance(error, OutOfReach):
+            with _lock:
+                _failures[self._failure_key] = reason
+                _decisions.clear()
         now = settings()
         if now.backend == "kernel":
             raise BackendUnavailableError(
@@ -404,13 +407,14 @@ class _Launch:
         if now.strict:
             raise StrictFallbackError(f"strict mode: {op.name}: the kernel failed on {name}: {reason}") from error
         _warn_once(self._failure_key, reason)
+        _note(Choice(op.name, name, "reference", f"the kernel failed: {reason}"))
         return op.reference(*args)
 
 
 def _warn_once(failure_key: tuple, reason: str) -> None:
     with _lock:
-        known = failure_key in _warned
-        _warned.add(failure_key)
+        known = (failure_key, reason) in _warned
+        _warned.add((failure_key, reason))
     if not known:
         op, platform = failure_key[:2]
         message = f"the kernel of {op} failed on {platform} and PyTorch runs in its place: {reason}"

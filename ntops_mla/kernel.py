@@ -189,6 +189,10 @@ def form_of(*args: Any) -> tuple:
     )
 
 
+class OutOfReach(NotImplementedError):
+    """What a kernel cannot address in these very arguments; others of the same sizes it can."""
+
+
 def within_int32(tensor: torch.Tensor, *dims: int) -> torch.Tensor:
     """`tensor`, made contiguous where kernels, which count the offsets within `dims` in int32, would overflow."""
     reach = sum((tensor.shape[dim] - 1) * tensor.stride(dim) for dim in dims)

@@ -14,6 +14,7 @@ from ntops_mla import board as boards
 from ntops_mla import dispatch, ops
 from ntops_mla.board import Board, Needed
 from ntops_mla.dispatch import BackendUnavailableError, Choice, KernelFallbackWarning, OpSpec, StrictFallbackError
+from ntops_mla.kernel import OutOfReach
 from ntops_mla.platform import (
     Fact,
     Gate,
@@ -436,6 +437,26 @@ def test_a_failing_kernel_falls_back_once_and_for_all(on_toy, quiet, error):
         assert (str(error).splitlines() or ["no message"])[0] in said
         assert "\n" not in said
     assert "toy_op" in fallbacks(quiet)[0] and "toy" in fallbacks(quiet)[0]
+
+
+def test_arguments_out_of_reach_do_not_count_for_others_of_their_sizes(on_toy, quiet):
+    error = OutOfReach("x: too far apart")
+    op = FakeOp(fail=lambda x: error if x[0, 0] == 1 else None)
+    near, far = torch.zeros(2, 4), ones()
+    with dispatch.record() as ran:
+        for x, backend in ((far, "reference"), (near, "kernel"), (far, "reference"), (near, "kernel")):
+            op(x)
+            assert ran["toy_op"].backend == backend
+    assert op.calls == ["kernel", "reference", "kernel", "kernel", "reference", "kernel"]
+    (said,) = fallbacks(quiet)
+    assert "x: too far apart" in said
+    with ntops_mla.use(strict=True):
+        op(near)
+        for _ in range(2):
+            with pytest.raises(StrictFallbackError, match="too far apart"):
+                op(far)
+    with ntops_mla.use("kernel"), pytest.raises(BackendUnavailableError, match="too far apart"):
+        op(far)
 
 
 def test_a_failure_counts_for_its_sizes_and_dtype_only(on_toy, quiet):

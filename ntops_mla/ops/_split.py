@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ntops_mla.board import Board, Needed
-from ntops_mla.kernel import Kernel
+from ntops_mla.kernel import Kernel, OutOfReach
 from ntops_mla.ops import _check
 from ntops_mla.platform import Tile
 
@@ -71,12 +71,10 @@ def plan(
 
 
 def refuse_far_slots(**caches: torch.Tensor) -> None:
-    """Raise NotImplementedError for a cache whose slots within a page int32 offsets do not reach."""
+    """Raise OutOfReach for a cache whose slots within a page int32 offsets do not reach."""
     for name, cache in caches.items():
         if (cache.shape[1] - 1) * cache.stride(1) >= 2**31:
-            raise NotImplementedError(
-                f"{name}: slots {cache.stride(1)} elements apart, which int32 offsets do not reach"
-            )
+            raise OutOfReach(f"{name}: slots {cache.stride(1)} elements apart, which int32 offsets do not reach")
 
 
 def parts(

@@ -7,7 +7,7 @@ import functools
 import torch
 
 from ntops_mla.board import Board, Needed
-from ntops_mla.kernel import Kernel, within_int32
+from ntops_mla.kernel import Kernel, OutOfReach, within_int32
 from ntops_mla.ops import _check
 from ntops_mla.ops._op import register
 from ntops_mla.platform import Platform
@@ -54,7 +54,7 @@ def queries_in_place(q_pe: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     if q_pe is None or not q_pe.numel():
         return ()
     if within_int32(q_pe, 1, 2) is not q_pe:
-        raise NotImplementedError("q_pe: heads so far apart that int32 offsets do not reach them")
+        raise OutOfReach("q_pe: heads so far apart that int32 offsets do not reach them")
     return q_pe, q_pe
 
 
