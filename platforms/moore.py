@@ -111,6 +111,10 @@ PLATFORM = Platform(
         _tile("mla_sparse", 8, _HALF, ("MTT S5000",), {"rows": (17, None)}, block_h=32, block_n=32, block_c=512),
         _tile("mla_sparse", 4, _HALF, when={"rows": (17, None)}, block_h=32, block_n=16, block_c=512),
         _tile("mla_sparse", 4, _HALF, ("MTT S5000",), block_h=16, block_n=32, block_c=512),
+        # One accumulator spills there (Triton 3.9)
+        _tile(
+            "mla_sparse", 4, ("float32",), ("MTT S5000",), {"latent": (512, 512)}, block_h=16, block_n=16, block_c=256
+        ),
         _tile("mla_sparse", 4, block_h=16, block_n=16, block_c=512),
         _tile("mla_sparse_fp8", 8, _HALF, ("MTT S5000",), {"rows": (17, None)}, block_h=32, block_n=32, hardware=0),
         # 32 rows spill where pages lie apart from each other

@@ -79,10 +79,10 @@ def _single(warps: int, width: int, *arch: str, triton=_SINCE) -> Tile:
     return Tile("mla_prefill", blocks, warps, 1, _COMPILED, arch, ("float32",), triton, when)
 
 
-def _single_sparse(warps: int, latent: int, *arch: str) -> Tile:
+def _single_sparse(warps: int, latent: int, *arch: str, block_c: int = 512, triton=_SPARSE_SINCE) -> Tile:
     """mla_sparse in float32, likewise."""
-    blocks, when = {"block_h": 16, "block_n": 16, "block_c": 512}, {"latent": (latent, latent)}
-    return Tile("mla_sparse", blocks, warps, 1, _COMPILED, arch, ("float32",), _SPARSE_SINCE, when)
+    blocks, when = {"block_h": 16, "block_n": 16, "block_c": block_c}, {"latent": (latent, latent)}
+    return Tile("mla_sparse", blocks, warps, 1, _COMPILED, arch, ("float32",), triton, when)
 
 
 def _single_decode(warps: int, latent: int, *arch: str) -> Tile:
@@ -110,8 +110,8 @@ def _fp8(
 _LATENT_512 = {"latent": (512, 512)}
 _PLAIN = {"page_size": (64, None), "causal": (0, 0)}
 _DECODE = (
-    # 64 rows and 64 keys: async wgmma. Triton 3.9 spills in every tile of 64 rows.
-    _decode(64, 64, 512, 8, 2, 33, "sm_90", triton=("3.2", "3.7"), when=_LATENT_512),
+    # 64 rows and 64 keys: async wgmma. Triton 3.9 spills in every tile of 64 rows, 3.6 scheduled in pages of 128.
+    _decode(64, 64, 512, 8, 2, 33, "sm_90", triton=("3.2", "3.7"), when={**_LATENT_512, "page_size": (1, 64)}),
     # Spills in short pages, and where each row has keys of its own
     _decode(64, 32, 512, 8, 2, 33, "sm_80", "sm_87", triton=("3.6", "3.7"), when={**_LATENT_512, **_PLAIN}),
     # tcgen05; with two accumulators this tile compiles to a bare trap
@@ -169,6 +169,8 @@ _SPARSE = (
     _sparse(32, 32, 256, 8, 2, 17, *_SMALL),
     _sparse(16, 32, 512, 4, 3, 1, "sm_90", "sm_100"),
     _sparse(16, 32, 512, 4, 2, 1),
+    # One accumulator spills there
+    _single_sparse(8, 512, "sm_100", block_c=256, triton=("3.6", "3.7")),
     _single_sparse(8, 512),
     _single_sparse(4, 256),
 )
