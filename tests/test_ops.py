@@ -772,6 +772,30 @@ def test_unused_slots_are_zeroed_alike(page_size):
     assert torch.equal(masked, rows) and torch.equal(sliced, rows)
 
 
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "mla_schedule"])
+def test_no_gradient_is_left_out_in_silence(name):
+    """Whatever runs: the values of a call under no_grad, a backward that refuses; what is written to records none."""
+    args = ops.get(name).example("cpu", torch.float32)
+    given = {
+        argument: value.detach().clone() if isinstance(value, torch.Tensor) else value
+        for argument, value in zip(ops.get(name)._signature.parameters, args)
+    }
+    tensors = {argument: value for argument, value in given.items() if isinstance(value, torch.Tensor)}
+    for argument, value in tensors.items():
+        value.requires_grad_(value.is_floating_point() and argument not in written(name))
+    got, expected = getattr(ops, name)(**given), getattr(ops, name)(*args)
+    assert not any(tensors[argument].requires_grad for argument in written(name) if argument in tensors)
+    recorded = any(value.requires_grad for value in tensors.values())
+    assert recorded or name == "latent_dequantize"
+    results = () if got is None else got if isinstance(got, tuple) else (got,)
+    for one, other in zip(results, expected if isinstance(expected, tuple) else (expected,)):
+        assert torch.equal(one, other)
+        if recorded:
+            with pytest.raises(NotImplementedError, match=f"{name}: only the forward pass"):
+                one.sum().backward()
+
+
 def test_decode_in_pytorch_where_gradients_are_recorded():
     args = decode_inputs([70, 3], dtype=torch.float32)
     expected = ops.mla_decode.reference(*args)

@@ -11,7 +11,7 @@ import torch
 
 from ntops_mla import dispatch
 from ntops_mla.dispatch import Choice
-from ntops_mla.platform import Platform
+from ntops_mla.platform import Platform, get_platform
 
 _LIBRARY = torch.library.Library("ntops_mla", "FRAGMENT")
 _OPS: dict[str, Op] = {}
@@ -23,7 +23,7 @@ _KERNEL_DTYPES = FLOATS[:3]
 
 
 class Op:
-    """One registered op: what `python -m ntops_mla ops | explain` and the tests ask.
+    """One registered op, forward only: what `python -m ntops_mla ops | explain` and the tests ask.
 
     check(*args) raises for bad arguments; key, supports, kernel, tiles, look: see `dispatch.OpSpec`; example(device,
     dtype, **sizes) makes valid arguments. dtypes: the element types that its kernel is tried in.
@@ -63,6 +63,8 @@ class Op:
         def run(*args):
             args += defaults[len(args) :]
             check(*args)
+            if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+                return _ForwardOnly.apply(self.spec, *args)
             return dispatch.call(self.spec, args[0].device, args)
 
         def run_fake(*args):
@@ -82,8 +84,11 @@ class Op:
         """Raise for arguments that the op does not take."""
         self._check(*self._bind(args, kwargs))
 
-    def explain(self, *args: Any, platform: Platform | None = None, **kwargs: Any) -> Choice:
-        """The `Choice` for these arguments, without running them; `platform` pretends that they are on it."""
+    def explain(self, *args: Any, platform: Platform | str | None = None, **kwargs: Any) -> Choice:
+        """The `Choice` for these arguments, without running them; `platform` (or its name) pretends that they are on
+        it."""
+        if isinstance(platform, str):
+            platform = get_platform(platform)
         args = self._bind(args, kwargs)
         self._check(*args)
         return dispatch.explain(self.spec, args[0].device, args, platform)
@@ -98,6 +103,20 @@ class Op:
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
         return bound.args
+
+
+class _ForwardOnly(torch.autograd.Function):
+    """A call whose results refuse to be gone back through: torch's own fallback would leave gradients out and go on,
+    and PyTorch's form would have them where the kernel has none."""
+
+    @staticmethod
+    def forward(ctx, spec, *args):
+        ctx.name = spec.name
+        return dispatch.call(spec, args[0].device, args)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError(f"{ctx.name}: only the forward pass is implemented; call it under torch.no_grad()")
 
 
 def register(function: Callable[..., Any], **parts: Any) -> Callable[..., Any]:
