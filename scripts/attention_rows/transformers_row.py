@@ -59,8 +59,13 @@ class Transformers:
             attention = modeling.DeepseekV3Attention(config, layer_idx=0)
         for name, parameter in mla.named_parameters():
             child, _, key = name.partition(".")
-            # Over the same storage, but with requires_grad as a loaded model has it: without it, PyTorch's linear of
-            # four dimensions copies the whole weight, and this row would be up to ten times slower.
+            # Over the same storage, but with requires_grad as a loaded model has it: without it, and of an inference
+            # tensor, PyTorch's linear of four dimensions copies the whole weight, and this row would be up to ten times
+            # slower.
+            if parameter.is_inference():
+                raise ValueError(
+                    f"mla: {name} was made in inference mode, which would slow transformers' products down"
+                )
             setattr(getattr(attention, child), key, torch.nn.Parameter(parameter.detach()))
         self._attention = attention.eval()
         self._config = config

@@ -96,7 +96,9 @@ def make(case: Case, device: torch.device, dtype: torch.dtype, seed: int, size: 
 @functools.lru_cache(maxsize=1)
 def _weights(config: str, device: torch.device, dtype: torch.dtype, seed: int) -> MLA:
     torch.manual_seed(seed)
-    return MLA(config_of(config), device=device, dtype=dtype).requires_grad_(False)
+    # Inference tensors as weights make transformers' row ten times slower: see attention_rows/transformers_row.py.
+    with torch.inference_mode(False):
+        return MLA(config_of(config), device=device, dtype=dtype).requires_grad_(False)
 
 
 forget = _weights.cache_clear
