@@ -282,5 +282,6 @@ def readme(root: pathlib.Path, lanes: Mapping[pathlib.Path, dict[str, Any]] | No
     """README with the table as the evidence has it; `lanes` in the place of what is stored."""
     found = support_table.lanes(root) if lanes is None else lanes
     runs = [found[path] for path in sorted(found)]
-    table = support_table.table(support_table.toolchains(root), support_table.checks(root), runs)
+    tried = support_table.toolchains(root)
+    table = support_table.table(tried, support_table.checks(root), runs, support_table.changed(root, tried))
     return support_table.written((root / "README.md").read_text(encoding="utf-8"), table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
@@ -42,19 +43,35 @@ def lanes(root: pathlib.Path) -> dict[pathlib.Path, dict[str, Any]]:
     return {path: _read(path) for path in sorted((root / "benchmarks" / "results").glob("*/evidence.json"))}
 
 
+def fingerprints(root: pathlib.Path) -> dict[str, str]:
+    """What evidence is of, each with a hash: the kernels' files, and each platform's limits and tiles."""
+    held = {f"kernels/{path.name}": path.read_bytes() for path in sorted((root / "kernels").glob("*.py"))}
+    for platform in all_platforms().values():
+        held[f"tiles of {platform.name}"] = repr((platform.limits, platform.tiles)).encode()
+    return {name: hashlib.sha256(content).hexdigest()[:16] for name, content in held.items()}
+
+
+def changed(root: pathlib.Path, found: Sequence[dict]) -> list[str]:
+    """What is not as it was when a Triton's evidence was collected; no evidence of a new one is no change."""
+    now = fingerprints(root)
+    return sorted({name for one in found for name, seen in one["sources"].items() if now.get(name) != seen})
+
+
 def _read(path: pathlib.Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def table(found: Sequence[dict], boards: Sequence[dict], runs: Sequence[dict]) -> str:
-    """The table and what its words mean."""
+def table(found: Sequence[dict], boards: Sequence[dict], runs: Sequence[dict], since: Sequence[str] = ()) -> str:
+    """The table and what its words mean; since: what was `changed` after it was tried."""
     lines = ["| platform | op | bfloat16 | float16 | float32 |", "|---|---|---|---|---|"]
     for platform in all_platforms().values():
         if not platform.limits:
             continue
         for name in ops.names():
             cells = [cell(platform, name, dtype, found, boards, runs) for dtype in DTYPES]
-            lines.append(f"| {platform.title} | `{name}` | {' | '.join(cells)} |")
+            own = ops.get(name).tried_in(DTYPES)
+            label = f"`{name}`" if set(own) <= set(DTYPES) else f"`{name}` ({', '.join(map(dtype_name, own))})"
+            lines.append(f"| {platform.title} | {label} | {' | '.join(cells)} |")
     interpreters = ", ".join(one["triton"] for one in found) or "none"
     lines += [
         "",
@@ -64,7 +81,8 @@ def table(found: Sequence[dict], boards: Sequence[dict], runs: Sequence[dict]) -
         "*stand-in*: compiled for the nearest public target (gfx90a, gfx942; sm_80 for the S5000), because this one's "
         "compiler is not public. *PyTorch*: the platform's gate says so. *after `doctor`*: PyTorch runs until "
         "`python -m ntops_mla doctor` has seen the kernel work there, because it may end the process in the compiler. "
-        + ("" if boards or runs else "No kernel has been run on hardware yet."),
+        + ("" if boards or runs else "No kernel has been run on hardware yet.")
+        + (f" Changed since numerics and compilation were tried: {', '.join(since)}." if since else ""),
     ]  # fmt: skip
     return "\n".join(lines)
 

@@ -3,7 +3,8 @@
     python scripts/evidence.py [--folder benchmarks/evidence] [--op mla_decode ...]
 
 Writes FOLDER/triton-VERSION.json: versions, date, commit, `interpreted` (kernel -> tests passed and failed) and
-`compiled` (a row for each platform, architecture, target, kernel and dtype: the worst numbers of its tiles). With --op
+`compiled` (a row for each platform, architecture, target, kernel and dtype: the worst numbers of its tiles), `sources`
+(fingerprints of kernels and tiles, by which README's table tells what has changed since). With --op
 only those ops are collected anew, by the tests that name them; what the file held of others stays, and `kept` names the
 commit that it is of: for changes that touch no other kernel.
 """
@@ -42,6 +43,7 @@ def main() -> int:
         kept = json.loads(path.read_text(encoding="utf-8"))
     interpreted = {path.stem.removeprefix("test_"): run_tests(path) for path in interpreted_files(args.op)}
     compiled = compile_all(args.op)
+    tried = sources(kept, compiled)
     if kept is not None:
         interpreted = {**kept["interpreted"], **interpreted}
         compiled = [row for row in kept["compiled"] if row["op"] not in args.op] + compiled
@@ -55,6 +57,7 @@ def main() -> int:
         "commit": git("rev-parse", "--short", "HEAD")
         + ("+" if git("status", "--porcelain", "kernels", "ntops_mla", "platforms", "tests") else ""),
         "kept": kept and {"commit": kept["commit"], "date": kept["date"], "but": sorted(args.op)},
+        "sources": tried,
         "interpreted": interpreted,
         "compiled": compiled,
     }
@@ -65,6 +68,18 @@ def main() -> int:
     print(f"{path}: interpreted {len(interpreted)} files, failed: {failed or 'none'}; compiled "
           f"{sum(row['tiles'] for row in compiled)} kernels, {len(spoiled)} rows with problems")  # fmt: skip
     return 1 if failed or spoiled else 0
+
+
+def sources(kept: dict | None, compiled: list[dict]) -> dict[str, str]:
+    """The fingerprints of what was tried: where only some ops were, anew of their kernels' files."""
+    sys.path.insert(0, str(ROOT))
+    from ntops_mla.support_table import fingerprints
+
+    now = fingerprints(ROOT)
+    if kept is None:
+        return now
+    files = {f"kernels/{row['kernel']}.py" for row in compiled if row["kernel"]}
+    return {**kept["sources"], **{name: now[name] for name in files if name in now}}
 
 
 def interpreted_files(ops: list[str] | None) -> list[pathlib.Path]:

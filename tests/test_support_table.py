@@ -1,5 +1,6 @@
 """README's support table says what the platforms' files and the evidence say, and claims no more."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -104,6 +105,24 @@ def test_without_a_board_the_table_says_so():
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     titles = {platform.title for platform in all_platforms().values() if platform.limits}
     assert {re.split(r" *\| *", line)[1] for line in rows} == {"platform", *titles}
+
+
+def test_what_has_changed_since_it_was_tried_is_named(tmp_path, monkeypatch):
+    (tmp_path / "kernels").mkdir()
+    kernel = tmp_path / "kernels" / "mla_decode.py"
+    kernel.write_text("tried")
+    found = [{**GOOD, "sources": support_table.fingerprints(tmp_path)}]
+    assert support_table.changed(tmp_path, found) == []
+    assert "Changed since" not in support_table.table(found, [], [], [])
+    kernel.write_text("changed")
+    (tmp_path / "kernels" / "new.py").write_text("which nobody has tried: its own rows say so")
+    metax = get_platform("metax")
+    fewer = {**all_platforms(), "metax": dataclasses.replace(metax, tiles=metax.tiles[1:])}
+    monkeypatch.setattr(support_table, "all_platforms", lambda: fewer)
+    since = support_table.changed(tmp_path, found)
+    assert since == ["kernels/mla_decode.py", "tiles of metax"]
+    said = "Changed since numerics and compilation were tried: kernels/mla_decode.py, tiles of metax."
+    assert said in support_table.table(found, [], [], since)
 
 
 def test_the_table_goes_between_its_marks():
