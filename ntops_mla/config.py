@@ -227,8 +227,8 @@ def read_config_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     with open(file, encoding="utf-8") as f:
         try:
             content = json.load(f)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file!r} is not valid JSON: {error}") from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file!r} is not valid JSON, as a config.json is: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file!r} holds a {type(content).__name__}, expected a JSON object")
     return content

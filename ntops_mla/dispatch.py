@@ -22,7 +22,7 @@ import torch
 
 from ntops_mla import board as boards
 from ntops_mla import findings as found
-from ntops_mla import interpreter
+from ntops_mla import interpreter, tile_table
 from ntops_mla import platform as platforms
 from ntops_mla.board import Board, Needed
 from ntops_mla.devices import capturing
@@ -95,7 +95,7 @@ class Settings:
 
     @classmethod
     def from_environment(cls) -> Settings:
-        """Read NTOPS_MLA_BACKEND, _STRICT, _CHECK and _GATES; a value not understood is a ValueError.
+        """Read NTOPS_MLA_BACKEND, _STRICT, _CHECK and _GATES; a value not understood, of _TILES too, is a ValueError.
 
         NTOPS_MLA_PLATFORM is read where devices are recognised (devices.py), so that all ask the same.
         """
@@ -103,6 +103,7 @@ class Settings:
         if backend not in BACKENDS:
             raise ValueError(f"NTOPS_MLA_BACKEND must be one of {', '.join(BACKENDS)}, got {backend!r}")
         strict, check = (_switch(f"NTOPS_MLA_{name}") for name in ("STRICT", "CHECK"))
+        tile_table.from_environment()  # said at once, and not only where a board would read it
         return cls(backend, strict, findings=found.from_environment(), check=check)
 
 
@@ -142,11 +143,13 @@ def use(backend: str | None = None, *, strict: bool | None = None, platform: str
     """
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if strict is not None and not isinstance(strict, bool):
+        raise TypeError(f"strict must be True, False or None, got {strict!r}")
     new = settings()
     if backend is not None:
         new = replace(new, backend=backend)
     if strict is not None:
-        new = replace(new, strict=bool(strict))
+        new = replace(new, strict=strict)
     if platform is not None:
         new = replace(new, platform=platforms.get_platform(platform).name)
     token = _override.set(new)

@@ -77,21 +77,26 @@ class Table:
         return same and version_pair(self.triton) == version_pair(triton)
 
 
+def from_environment() -> Table | None:
+    """The table that `NTOPS_MLA_TILES` names, None where it names none; ValueError where it is not as it should be."""
+    own = os.environ.get(VARIABLE, "").strip()
+    return read(own, f"{VARIABLE}={own}") if own else None
+
+
 def tiles_for(platform: str, device: str | None, triton: str) -> tuple[Tile, ...]:
     """The timed tiles for a device with a Triton, those of `NTOPS_MLA_TILES` first.
 
     ValueError where a file is not as it should be; a warning where the variable's is another board's.
     """
     tiles: tuple[Tile, ...] = ()
-    own = os.environ.get(VARIABLE, "").strip()
-    if own:
-        table = read(own, f"{VARIABLE}={own}")
+    table = from_environment()
+    if table is not None:
         if table.fits(platform, device, triton):
             tiles = table.tiles
         else:
             warnings.warn(
-                f"{VARIABLE}={own}: made on {table.device} ({table.platform}) with Triton {table.triton}; this is "
-                f"{device} ({platform}) with Triton {triton}, and takes other tiles",
+                f"{VARIABLE}={os.environ[VARIABLE]}: made on {table.device} ({table.platform}) with Triton "
+                f"{table.triton}; this is {device} ({platform}) with Triton {triton}, and takes other tiles",
                 stacklevel=2,
             )
     shipped = (read(path) for path in sorted(FOLDER.glob("*.json")))

@@ -54,6 +54,11 @@ def cases(dtypes: Iterable[torch.dtype], chosen: Sequence[str] | None = None) ->
                 yield case
 
 
+def op_names() -> list[str]:
+    """The ops whose kernels have tiles to choose from."""
+    return list(dict.fromkeys(case.op for case in cases(DTYPES)))
+
+
 def _cases(dtype: torch.dtype) -> Iterator[Case]:
     for width in (512, 1536, 7168):
         yield Case("rms_norm", "rms_norm", dtype, {"kv_lora_rank": width}, {"width": width})

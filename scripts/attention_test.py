@@ -52,14 +52,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         flags = [f"--{name}" for name in (platform.name, *platform.aliases)]
         text = f"run on {platform.title}"
         devices.add_argument(*flags, dest="platform", action="store_const", const=platform.name, help=text)
-    parser.add_argument("--model_path", "--model-path", metavar="DIR", help="real weights: a Hugging Face directory")
+    parser.add_argument(
+        "--model_path",
+        "--model-path",
+        metavar="DIR",
+        help="real weights: a Hugging Face directory, in place of --config and --tiny",
+    )
     parser.add_argument("--layer", type=_count, help="of the checkpoint (default: the lowest that DIR holds)")
     parser.add_argument("--config", choices=("a", "r1"), help="numbers without a model (default: a)")
     parser.add_argument("--tiny", action="store_true", help="2 heads, tens of tokens")
     parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="this row only")
     parser.add_argument("--no-check", action="store_true", help="time only, without float64")
     parser.add_argument("--dtype", type=_dtype, default="bfloat16", help=f"{', '.join(DTYPES)} (default: bfloat16)")
-    parser.add_argument("--backend", choices=ntops_mla.dispatch.BACKENDS, help="kernels, PyTorch, or what there is")
+    parser.add_argument(
+        "--backend",
+        choices=ntops_mla.dispatch.BACKENDS,
+        help="what may run; kernel with --cpu: in Triton's interpreter",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the result there too")
     parser.add_argument("--warmups", type=_count, help="passes before timing (default: 10; --tiny: 1)")
     parser.add_argument("--runs", type=_positive, help="passes timed (default: 100; --tiny: 3)")
@@ -87,7 +96,7 @@ def _dtype(text: str) -> str:
 
 def _count(text: str) -> int:
     if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
     return int(text)
 
 
@@ -100,6 +109,7 @@ def _positive(text: str) -> int:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
+        ntops_mla.dispatch.settings()  # what is set wrong is said before anything is made
         with ntops_mla.use(args.backend) if args.backend else contextlib.nullcontext():
             return run(args)
     except (

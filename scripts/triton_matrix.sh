@@ -4,6 +4,12 @@
 # Each gets an environment of its own in .triton/, with its Triton and the NumPy that it can do with; all else comes from
 # .venv. What was found is left in benchmarks/evidence/, from which README's table is made.
 set -eu
+for version in "$@"; do
+    case $version in
+        [0-9]*.[0-9]*) ;;
+        *) echo "triton_matrix.sh: '$version' is no version of Triton: bash scripts/triton_matrix.sh [VERSION...]" >&2; exit 2 ;;
+    esac
+done
 here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 cd "$here/.."
 bash scripts/bootstrap.sh

@@ -108,6 +108,7 @@ def runs(tmp_path_factory):
     with ThreadPoolExecutor(max_workers=2) as pool:
         yield {
             "platform tests": pool.submit(platform.pytest, *(f"tests/{name}" for name in about_platforms)),
+            "platform tiles": pool.submit(platform.pytest, "tests/test_compile.py", "-k", "acme"),
             "op commands": pool.submit(op.commands, *OP_COMMANDS),
             "op test": pool.submit(op.pytest, "tests/interpreted/test_scale_rows.py", NTOPS_MLA_INTERPRET="1"),
             "platform commands": pool.submit(platform.commands, *PLATFORM_COMMANDS),
@@ -166,6 +167,12 @@ def test_the_tests_about_platforms_pass_with_a_new_one(runs):
     done = runs["platform tests"].result()
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"\b\d\d+ passed", done.stdout)
+
+
+@needs_kernels
+def test_the_tiles_of_a_new_platform_compile(runs):
+    done = runs["platform tiles"].result()
+    assert done.returncode == 0 and re.search(r"\b3 passed", done.stdout), done.stdout + done.stderr
 
 
 # --- an op ---

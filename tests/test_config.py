@@ -289,6 +289,13 @@ def test_a_broken_config_json(tmp_path, content, message):
         MLAConfig.from_pretrained(written(tmp_path, content))
 
 
+def test_weights_in_place_of_a_config_json(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"\x80\x00")
+    with pytest.raises(ValueError, match=r"model\.safetensors' is not valid JSON, as a config\.json is"):
+        MLAConfig.from_pretrained(path)
+
+
 # Numbers, against transformers
 
 # scaling (None: default), theta, RoPE's columns

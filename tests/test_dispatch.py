@@ -615,6 +615,15 @@ def test_strict_allows_what_the_user_asks_for(on_toy, has_kernel):
     assert op.calls == ["reference"]
 
 
+@pytest.mark.parametrize("strict", ["0", 1])
+def test_strict_is_a_bool(strict):
+    with (
+        pytest.raises(TypeError, match=f"strict must be True, False or None, got {strict!r}"),
+        ntops_mla.use(strict=strict),
+    ):
+        pass
+
+
 def test_strict_raises_on_an_unknown_device():
     op = FakeOp()
     with ntops_mla.use(strict=True), pytest.raises(StrictFallbackError, match="no platform file recognises"):
@@ -1081,6 +1090,7 @@ def test_explain_can_pretend_every_platform(name):
     assert choice[1:3] == (name, "reference" if name == "cpu" else "kernel")
     args = ops.get("rms_norm").example(CPU, torch.bfloat16, tokens=2)
     assert ops.rms_norm.explain(*args, platform=get_platform(name)).platform == name
+    assert ops.rms_norm.explain(*args, platform=name).platform == name
     assert op.calls == []
 
 

@@ -285,6 +285,9 @@ def test_a_table_that_cannot_be_read(tmp_path, monkeypatch, content):
     monkeypatch.setenv(tile_table.VARIABLE, str(path))
     with pytest.raises(ValueError, match=r"NTOPS_MLA_TILES=.*bad\.json: cannot be read: "):
         here()
+    # On a CPU too, which has no use for one
+    with pytest.raises(ValueError, match=r"NTOPS_MLA_TILES=.*bad\.json: cannot be read: "):
+        dispatch.Settings.from_environment()
 
 
 def test_shipped_tables_are_as_they_should_be():
@@ -438,7 +441,9 @@ def test_an_interpreters_times_are_refused(monkeypatch, capsys):
         (["--dtype", "float64"], "no kernel takes torch.float64"),
         (["--batch", "0"], "a number above zero is needed"),
         (["--arch", "sm_90"], "argument --arch: with --dry-run and --platform only"),
-        (["--arch", "sm_91", "--dry-run", "--platform", "nvidia"], "nvidia has sm_80, sm_86"),
+        (["--arch", "sm_91", "--dry-run", "--platform", "nvidia"], "nvidia has 'sm_80' or 'sm_86'"),
+        (["--arch", "BI-V100", "--dry-run", "--platform", "iluvatar"], "iluvatar has 'BI-V100, BI-V150, MR-V100', got"),
+        (["--op", "mla_schedule"], "invalid choice: 'mla_schedule'"),
         (["--arch", "x", "--dry-run", "--platform", "cpu"], "cpu has none"),
         (["--output", "/nowhere/x.json"], "argument --output: /nowhere/x.json is not a file in a folder that exists"),
         (["--json", "/"], "argument --json: / is not a file"),

@@ -10,7 +10,7 @@ import re
 import sys
 from typing import Any
 
-from ntops_mla import checkout, child, dispatch, interpreter, ops, tile_table, tuning, tuning_trial
+from ntops_mla import checkout, child, dispatch, interpreter, tile_table, tuning, tuning_trial
 from ntops_mla import platform as platforms
 from ntops_mla.board import Board, board_of
 from ntops_mla.cli import arguments
@@ -24,7 +24,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Where, what, for how much work, and what to leave behind."""
     load = tuning_trial.Load()
     parser.add_argument("--platform", type=arguments.platform, help="this platform's device, not the best one found")
-    parser.add_argument("--op", action="append", choices=ops.names(), help="this op's kernels; may be given repeatedly")
+    parser.add_argument(
+        "--op", action="append", choices=tuning.op_names(), help="this op's kernels; may be given repeatedly"
+    )
     parser.add_argument("--dtype", action="append", type=arguments.dtype, help="in this dtype; may be given repeatedly")
     parser.add_argument("--batch", type=arguments.positive, default=load.batch, help="requests (default: %(default)s)")
     parser.add_argument(
@@ -90,7 +92,7 @@ def _pretended(name: str, arch: str) -> Board:
     platform = platforms.get_platform(name)
     limits = next((limits for limits in platform.limits if limits.arch == arch), None)
     if limits is None:
-        known = ", ".join(limits.arch for limits in platform.limits) or "none"
+        known = " or ".join(repr(limits.arch) for limits in platform.limits) or "none"
         raise ValueError(f"argument --arch: {platform.name} has {known}, got {arch!r}")
     try:
         triton = version_pair(importlib.import_module("triton").__version__)

@@ -38,7 +38,8 @@ def latent_append(
     offset, -1 skips the token. cache: `[pages, page_size, C + R]`, ONE layer's storage, contiguous, the same dtype;
     page_size a power of two. q_pe: the queries' RoPE columns `[T, H, R]` of any strides, the same dtype, rotated in
     place in the same launch (skipped tokens' too), or None. Raises TypeError or ValueError that names the argument
-    (slots past the cache too, for CPU tensors). Source: arXiv 2405.04434, section 2.1.
+    (slots past the cache too, where PyTorch runs on CPU tensors; a kernel skips them). Source: arXiv 2405.04434,
+    section 2.1.
     """
     torch.ops.ntops_mla.latent_append(kv_a, weight, cos, sin, slots, cache, eps, q_pe)
 

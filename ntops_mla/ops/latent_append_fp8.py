@@ -41,8 +41,9 @@ def latent_append_fp8(
     offset, -1 skips the token. cache: uint8 or float8_e4m3fn `[pages, page_size, 656]`, ONE layer's storage,
     contiguous: 512 codes, four float32 scales, 64 RoPE columns in bfloat16; page_size a power of two. q_pe: the
     queries' RoPE columns `[T, H, 64]` of any strides, kv_a's dtype, rotated in place in the same launch (skipped
-    tokens' too), or None. Raises TypeError or ValueError that names the argument (slots past the cache too, for CPU
-    tensors). Source: arXiv 2405.04434, section 2.1; deepseek-ai/FlashMLA, README.md and tests/quant.py.
+    tokens' too), or None. Raises TypeError or ValueError that names the argument (slots past the cache too, where
+    PyTorch runs on CPU tensors; a kernel skips them). Source: arXiv 2405.04434, section 2.1; deepseek-ai/FlashMLA,
+    README.md and tests/quant.py.
     """
     torch.ops.ntops_mla.latent_append_fp8(kv_a, weight, cos, sin, slots, cache, eps, q_pe)
 

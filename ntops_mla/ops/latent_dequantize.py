@@ -25,8 +25,9 @@ def latent_dequantize(cache: torch.Tensor, slots: torch.Tensor, dtype: torch.dty
     float8_e4m3fn, four float32 scales of any value, 64 RoPE columns in bfloat16; page_size a power of two. slots: int64
     `[T]`, page * page_size + offset. dtype: of the result, bfloat16 (None), float16, float32 (float64: PyTorch); the
     product is float32 and rounded once, exact in bfloat16 where the scales are the powers of two that latent_quantize
-    writes. Returns `[T, 576]`. Raises TypeError or ValueError that names the argument (slots past the cache too, for
-    CPU tensors; a kernel reads zeros there). Source: deepseek-ai/FlashMLA, README.md and tests/quant.py.
+    writes. Returns `[T, 576]`. Raises TypeError or ValueError that names the argument (slots past the cache too, where
+    PyTorch runs on CPU tensors; a kernel reads zeros there). Source: deepseek-ai/FlashMLA, README.md and
+    tests/quant.py.
     """
     return torch.ops.ntops_mla.latent_dequantize(cache, slots, dtype)
 

@@ -26,8 +26,8 @@ def latent_quantize(latent: torch.Tensor, pe: torch.Tensor, slots: torch.Tensor,
     latent: `[T, 512]`, pe: `[T, 64]`, of any strides and one dtype: bfloat16, float16, float32 (float64: PyTorch).
     slots: int64 `[T]`, page * page_size + offset, -1 skips the token. cache: uint8 or float8_e4m3fn `[pages, page_size,
     656]`, contiguous: 512 codes, four float32 scales, 64 RoPE columns in bfloat16; page_size a power of two. Raises
-    TypeError or ValueError that names the argument (slots past the cache too, for CPU tensors). Source:
-    deepseek-ai/FlashMLA, README.md and tests/quant.py.
+    TypeError or ValueError that names the argument (slots past the cache too, where PyTorch runs on CPU tensors;
+    a kernel skips them). Source: deepseek-ai/FlashMLA, README.md and tests/quant.py.
     """
     torch.ops.ntops_mla.latent_quantize(latent, pe, slots, cache)
 

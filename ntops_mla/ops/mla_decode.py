@@ -37,11 +37,11 @@ def mla_decode(
     s[j] = softmax_scale (q_nope . kv_cache[j] + q_pe . pe_cache[j]);  out = softmax(s) kv_cache;  lse = log sum exp(s)
 
     q_nope: `[B, s_q, H, C]`, already absorbed (C = 512 or 256). q_pe: `[B, s_q, H, R]`. kv_cache:
-    `[pages, page_size, C]`, pe_cache: `[pages, page_size, R]`, of any strides. block_table: int32 `[B, max_pages]`;
-    entries past a request's pages and slots past its length are never read. seq_lens: int32 `[B]`, with the new tokens.
-    Row i of s_q sees the first seq_len - s_q + 1 + i keys (causal), or all seq_len. num_splits: parts a request's keys
-    are cut into, None: chosen. schedule: what mla_schedule made for these requests, None: all are cut into the same
-    number of parts; it says how the work is shared, not what comes out.
+    `[pages, page_size, C]`, pe_cache: `[pages, page_size, R]`, of any strides; page_size a power of two (kernels: 16 to
+    128). block_table: int32 `[B, max_pages]`; entries past a request's pages and slots past its length are never read.
+    seq_lens: int32 `[B]`, with the new tokens. Row i of s_q sees the first seq_len - s_q + 1 + i keys (causal), or all
+    seq_len. num_splits: parts a request's keys are cut into, None: chosen. schedule: what mla_schedule made for these
+    requests, None: all are cut into the same number of parts; it says how the work is shared, not what comes out.
 
     Returns out `[B, s_q, H, C]` of q's dtype (bfloat16, float16, float32; float64 by PyTorch) and lse float32 `[B, H,
     s_q]`, natural logarithm. A row that sees no key: out 0, lse -inf. Raises TypeError or ValueError that names the

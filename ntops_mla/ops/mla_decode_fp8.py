@@ -45,11 +45,11 @@ def mla_decode_fp8(
 
     q_nope: `[B, s_q, H, 512]`, already absorbed. q_pe: `[B, s_q, H, 64]`. cache: `[pages, page_size, 656]`, uint8 or
     float8_e4m3fn: of each token 512 codes (float8_e4m3fn), 4 scales (float32, any) and 64 rope columns (bfloat16); a
-    page's tokens are adjacent, its pages may be further apart. block_table: int32 `[B, max_pages]`; entries past a
-    request's pages and slots past its length are never read. seq_lens: int32 `[B]`, with the new tokens. Row i of s_q
-    sees the first seq_len - s_q + 1 + i keys (causal), or all seq_len. num_splits: parts a request's keys are cut into,
-    None: chosen. schedule: what mla_schedule made for these requests, None: all are cut into the same number of parts;
-    it says how the work is shared, not what comes out.
+    page's tokens are adjacent, its pages may be further apart; page_size a power of two (kernels: 16 to 128).
+    block_table: int32 `[B, max_pages]`; entries past a request's pages and slots past its length are never read.
+    seq_lens: int32 `[B]`, with the new tokens. Row i of s_q sees the first seq_len - s_q + 1 + i keys (causal), or all
+    seq_len. num_splits: parts a request's keys are cut into, None: chosen. schedule: what mla_schedule made for these
+    requests, None: all are cut into the same number of parts; it says how the work is shared, not what comes out.
 
     Returns out `[B, s_q, H, 512]` of q's dtype (bfloat16, float16, float32; float64 by PyTorch) and lse float32 `[B, H,
     s_q]`, natural logarithm. A row that sees no key: out 0, lse -inf. Raises TypeError or ValueError that names the
