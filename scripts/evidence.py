@@ -125,14 +125,8 @@ def compile_all(ops: list[str] | None) -> list[dict]:
         print("  the compiler ended the process: one for each platform and op", flush=True)
         rows = []
         for platform, op in itertools.product(names("platforms"), ops or names("ops")):
-            rows += run_compile("--platform", platform, "--op", op) or [
-                {
-                    **dict.fromkeys(("arch", "target", "stand_in"), None),
-                    **{"platform": platform, "op": op, "kernel": op, "dtype": dtype},
-                    "problems": ["this Triton's compiler ended the process"],
-                }
-                for dtype in ("bfloat16", "float16", "float32")
-            ]
+            found = run_compile("--platform", platform, "--op", op)
+            rows += ended(platform, op) if found is None else found
     grouped: dict[tuple, list[dict]] = {}
     for row in rows:
         key = tuple(row[name] for name in ("platform", "arch", "target", "stand_in", "op", "kernel", "dtype"))
@@ -148,6 +142,18 @@ def compile_all(ops: list[str] | None) -> list[dict]:
             "problems": sorted({problem for row in members for problem in row["problems"]}),
         }
         for key, members in grouped.items()
+    ]
+
+
+def ended(platform: str, op: str) -> list[dict]:
+    """What stands for the rows of an op whose compilation ended the process."""
+    return [
+        {
+            **dict.fromkeys(("arch", "target", "stand_in"), None),
+            **{"platform": platform, "op": op, "kernel": op, "dtype": dtype},
+            "problems": ["this Triton's compiler ended the process"],
+        }
+        for dtype in ("bfloat16", "float16", "float32")
     ]
 
 

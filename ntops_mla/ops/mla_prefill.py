@@ -121,8 +121,8 @@ def _blocks(start: int, end: int, keys: int, past: int, causal: bool):
 
 def _diagonal(rows: int, keys: int, like: torch.Tensor) -> torch.Tensor:
     """Additive `[1, 1, rows, keys]` mask whose diagonal ends in the last corner."""
-    hidden = torch.ones(rows, keys, dtype=torch.bool, device=like.device).triu_(keys - rows + 1)
-    return torch.zeros(1, 1, rows, keys, dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))
+    hidden = torch.full((1, 1, rows, keys), float("-inf"), dtype=like.dtype, device=like.device)
+    return hidden.triu_(keys - rows + 1)
 
 
 def _fake(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, want_lse):
