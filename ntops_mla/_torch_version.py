@@ -15,8 +15,10 @@ def require_torch() -> None:
         import torch
     except ImportError as error:
         own = pathlib.Path(__file__).resolve().parent.parent / ".venv" / "bin" / "activate"
-        there = f"this checkout has one: source {own}" if own.exists() else "see README.md"
-        raise ImportError(f"ntops_mla needs torch >= {minimum}; install your platform vendor's, or {there}") from error
+        there = f". This checkout has one: source {own}" if own.exists() else ""
+        raise ImportError(
+            f"ntops_mla needs torch >= {minimum}; install your platform vendor's, or see README.md{there}"
+        ) from error
     found = re.match(r"(\d+)\.(\d+)", torch.__version__)
     if found is not None and tuple(map(int, found.groups())) < MINIMUM:
         raise ImportError(f"ntops_mla needs torch >= {minimum}, found {torch.__version__}")

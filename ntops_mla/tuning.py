@@ -56,7 +56,7 @@ def cases(dtypes: Iterable[torch.dtype], chosen: Sequence[str] | None = None) ->
 
 def op_names() -> list[str]:
     """The ops whose kernels have tiles to choose from."""
-    return list(dict.fromkeys(case.op for case in cases(DTYPES)))
+    return list(dict.fromkeys(case.op for dtype in DTYPES for case in _cases(dtype)))
 
 
 def _cases(dtype: torch.dtype) -> Iterator[Case]:
