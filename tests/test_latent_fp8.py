@@ -17,6 +17,7 @@ from tests.test_ops import (
     ROUNDED,
     cast,
     flat,
+    is_,
     longer,
     meta,
     name_of,
@@ -352,6 +353,8 @@ BAD = [
     ("latent_append_fp8", "slots", longer(0), ValueError, "3"),
     ("latent_append_fp8", "eps", lambda t: "small", TypeError, "small"),
     *[("latent_append_fp8", *bad) for bad in QUERIES],
+    # A width that latent_append takes
+    ("latent_append_fp8", "q_pe", is_(torch.zeros(3, 2, 32)), ValueError, "64"),
     ("latent_quantize", "latent", one_more, ValueError, "[1, 3, 512]"),
     ("latent_quantize", "latent", lambda t: t[:, :256], ValueError, "512"),
     ("latent_quantize", "latent", cast(torch.int8), TypeError, "int8"),
