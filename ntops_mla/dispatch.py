@@ -191,14 +191,22 @@ class _Decision(NamedTuple):
 
 def call(op: OpSpec, device: torch.device, args: tuple) -> Any:
     """Run `op` on `args`, by the implementation that `choose` names."""
-    dtypes, sizes = op.key(*args)
-    key = (op, device, dtypes, sizes, _override.get() or _environment, platforms.generation)
-    decision = _decisions.get(key)
-    if decision is None:
-        decision = _decide(op, device, dtypes, sizes)
+    decision = _decision(op, device, args)
     if _recorders:
         _note(decision.choice)
     return decision.run(*args)
+
+
+def chosen(op: OpSpec, device: torch.device, args: tuple) -> Choice:
+    """What `call` would run, as it remembers it: for those who ask in every step."""
+    return _decision(op, device, args).choice
+
+
+def _decision(op: OpSpec, device: torch.device, args: tuple) -> _Decision:
+    dtypes, sizes = op.key(*args)
+    key = (op, device, dtypes, sizes, _override.get() or _environment, platforms.generation)
+    decision = _decisions.get(key)
+    return _decide(op, device, dtypes, sizes) if decision is None else decision
 
 
 def _note(choice: Choice) -> None:

@@ -8,7 +8,7 @@ import torch
 from ntops_mla import ops
 from ntops_mla.ops import _fp8
 from ntops_mla.testing import FP8_OUT, Tolerance, assert_close
-from tests.test_ops import DECODE, DECODE_TOLERANCES, DTYPES, HALF, META, decode64, decode_inputs, is_, name_of
+from tests.test_ops import DECODE_TOLERANCES, DTYPES, HALF, META, cut_decode, decode64, decode_inputs, is_, name_of
 
 # float32 and float64 as for mla_decode
 TOLERANCES = {dtype: (FP8_OUT if dtype in HALF else out, lse) for dtype, (out, lse) in DECODE_TOLERANCES.items()}
@@ -93,8 +93,8 @@ def test_any_scale(dtype):
 
 
 @pytest.mark.parametrize("s_q", [1, 3])
-def test_in_spans_of_pages(monkeypatch, s_q):
-    monkeypatch.setattr(DECODE, "GATHER_BYTES", 1)
+def test_in_spans_of_keys(monkeypatch, s_q):
+    cut_decode(monkeypatch, 1)
     check(fp8_inputs([70, 0, 33], page_size=16, s_q=s_q, dtype=torch.float64), tolerance=Tolerance(1e-7, 1e-6))
 
 

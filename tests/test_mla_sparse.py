@@ -25,6 +25,7 @@ from tests.test_ops import (
 )
 
 SPARSE = importlib.import_module("ntops_mla.ops.mla_sparse")
+ROWS = importlib.import_module("ntops_mla.ops._rows")
 _ADDS = SPARSE._adds_before_it_rounds
 
 # FlashMLA's, of its sparse decode; the lse of the two-byte dtypes and the largest score, which has no rounded weights.
@@ -276,7 +277,7 @@ def test_a_few_tokens_at_a_time(monkeypatch, tokens, dtype):
     attend = SPARSE._attend
     monkeypatch.setattr(SPARSE, "_attend", lambda q, *rest: gathered.append(len(q)) or attend(q, *rest))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr(SPARSE, "_CPU_GATHER_BYTES", tokens * 30 * 576 * dtype.itemsize + 5)
+    monkeypatch.setattr(ROWS, "_CPU_GATHER_BYTES", tokens * 30 * 576 * dtype.itemsize + 5)
     check_sparse(sparse_inputs([30, 4, 0, 30, 11, 1, 29], 30, dtype=dtype))
     assert gathered == {0: [1] * 7, 1: [1] * 7, 2: [2, 2, 2, 1], 4: [4, 3]}[tokens]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ntops_mla import ops
-from ntops_mla.ops import _attention, _paged
+from ntops_mla.ops import _attention, _rows
 from ntops_mla.testing import DECODE_LSE, DECODE_OUT, PREFILL_LSE, PREFILL_OUT, Tolerance, assert_close
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -395,14 +395,22 @@ def test_decode_several_rows(s_q, causal, dtype):
     )
 
 
-@pytest.mark.parametrize("room", [1 << 28, 3 * 16 * 576 * 8], ids=["whole", "in spans"])
+def cut_decode(monkeypatch, room, threads=1):
+    """Keys of PyTorch's form in parts: `room` of them gathered at once, as few as 32 for a thread."""
+    monkeypatch.setattr(DECODE, "at_once", lambda *_: room)
+    monkeypatch.setattr(DECODE, "_KEYS_PER_ROW", 1)
+    monkeypatch.setattr(DECODE, "_THREAD_KEYS", 32)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+
+
+@pytest.mark.parametrize("room, threads", [(1 << 20, 1), (48, 1), (48, 20)], ids=["whole", "in spans", "for threads"])
 @pytest.mark.parametrize("tokens", [1, 5, 128], ids=lambda n: f"{n} at once")
 @pytest.mark.parametrize("elements", [1, 1 << 23], ids=["masks of a token", "large masks"])
-def test_decode_long_runs_in_blocks_of_tokens(monkeypatch, elements, tokens, room):
+def test_decode_long_runs_in_blocks_of_tokens(monkeypatch, elements, tokens, room, threads):
     """Runs longer and shorter than a block, of requests of unequal lengths, some shorter than the run."""
     monkeypatch.setattr(DECODE, "_CAUSAL_TOKENS", tokens)
     monkeypatch.setattr(DECODE, "_MASK_ELEMENTS", elements)
-    monkeypatch.setattr(DECODE, "GATHER_BYTES", room)
+    cut_decode(monkeypatch, room, threads)
     args = decode_inputs([70, 17, 80, 65, 0, 78, 3, 33], s_q=33, heads=3, page_size=16, dtype=torch.float64)
     check_decode(args, tolerance=MERGED)
     args = decode_inputs([70, 17, 80, 65, 0, 78], s_q=1, heads=3, page_size=16, dtype=torch.float64)
@@ -410,12 +418,16 @@ def test_decode_long_runs_in_blocks_of_tokens(monkeypatch, elements, tokens, roo
 
 
 def test_decode_of_one_tokens_rows_shares_one_mask(monkeypatch):
-    """A decode step's groups, one for each number of pages, slice one small mask."""
+    """A decode step's groups, of similar lengths each, slice one small mask; where it would be large, each its own."""
     made = []
-    hide = DECODE._View._hide
-    monkeypatch.setattr(DECODE._View, "_hide", lambda *args: made.append(args) or hide(*args))
-    check_decode(decode_inputs([70, 17, 80, 65, 0, 78, 200], page_size=16, dtype=torch.bfloat16))
+    hide = DECODE._Requests._hide
+    monkeypatch.setattr(DECODE._Requests, "_hide", lambda *args: made.append(args) or hide(*args))
+    args = decode_inputs([70, 17, 180, 65, 0, 78, 300], page_size=16, dtype=torch.float32)
+    check_decode(args)
     assert len(made) == 1
+    monkeypatch.setattr(DECODE, "_SHARED_ELEMENTS", 500)
+    check_decode(args)
+    assert len(made) == 4  # of up to 128, of up to 256 and of up to 384 keys
 
 
 @pytest.mark.parametrize("layout", ["joined", "rows padded", "apart", "odd strides", "swapped"])
@@ -451,32 +463,56 @@ def test_decode_without_pages():
     assert torch.equal(out, torch.zeros(2, 1, 4, 512)) and torch.equal(lse, torch.full((2, 4, 1), float("-inf")))
 
 
-@pytest.mark.parametrize("room", [0, 1, 3], ids=["nothing", "one page", "three pages"])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("room", [1, 100, 300])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("s_q", [1, 4])
 @pytest.mark.parametrize("layout, page_size", [("joined", 16), ("odd strides", 32)])
-def test_decode_in_spans_of_pages(monkeypatch, room, causal, s_q, layout, page_size):
-    """With little room the keys are gathered in parts, whose results are merged; in float64, to see any slip."""
-    lengths = [n * page_size // 16 for n in (100, 97, 3, 0, 33, 64, 65, 98)]
+def test_decode_in_spans_of_keys(monkeypatch, room, threads, causal, s_q, layout, page_size):
+    """With little room the keys are gathered in parts, and with more threads than requests each part is cut for them;
+    in float64, to see any slip in what merges them."""
+    lengths = [n * page_size // 16 for n in (400, 300, 3, 0, 33, 64, 1, 98)]
     args = decode_inputs(lengths, page_size=page_size, s_q=s_q, layout=layout, dtype=torch.float64)
     whole, whole_lse = check_decode(args, causal)
-    spans = []
+    parts = []
     attend = DECODE.attend
-    monkeypatch.setattr(DECODE, "attend", lambda q, k, *a, **kw: spans.append(k[:, 0].shape) or attend(q, k, *a, **kw))
-    monkeypatch.setattr(DECODE, "GATHER_BYTES", room * page_size * 576 * 8)
+    monkeypatch.setattr(DECODE, "attend", lambda q, k, *a, **kw: parts.append(k.shape) or attend(q, k, *a, **kw))
+    cut_decode(monkeypatch, room, threads)
     out, lse = check_decode(args, causal, MERGED)
-    assert all(requests * keys <= max(room, 1) * page_size for requests, keys, _ in spans), spans
-    assert len(spans) > 7
+    rows = s_q * 4
+    for requests, splits, keys, _ in parts:
+        assert requests * splits <= max(threads, room // keys)
+        assert requests * splits * keys <= max(room, requests * rows) + requests * splits * 32
+    assert len(parts) >= 3 and (room > 100 or len(parts) > 4)
+    assert any(splits > 1 for _, splits, _, _ in parts) == (threads > 1 and room > 1)
     assert_close(out, whole, MERGED)
     assert_close(lse, whole_lse, LSE)
 
 
+@pytest.mark.parametrize("threads", [1, 5])
 @pytest.mark.parametrize("dtype", HALF, ids=name_of)
-def test_decode_in_spans_of_pages_rounds_once(monkeypatch, dtype):
-    """The parts are merged in float32: fifty roundings on the way would show."""
+def test_decode_in_spans_of_keys_rounds_once(monkeypatch, dtype, threads):
+    """The parts are merged in float32: 25 roundings on the way would show."""
     args = decode_inputs([800, 13], page_size=16, s_q=2, dtype=dtype)
-    monkeypatch.setattr(DECODE, "GATHER_BYTES", 1)
+    cut_decode(monkeypatch, 1, threads)
     check_decode(args)
+
+
+@pytest.mark.parametrize("room, threads", [(1 << 20, 1), (1 << 20, 200), (400, 1)], ids=["whole", "threads", "spans"])
+@pytest.mark.parametrize("s_q", [1, 2])
+@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+def test_decode_where_exponentials_are_worst(monkeypatch, dtype, s_q, room, threads):
+    """A first key and 700 like each other behind it, whose lse is small in all, or is not."""
+    behind = torch.cat([torch.linspace(-9, -6, 90), torch.tensor([0.0, 5.0])])
+    requests, pages = len(behind), 11
+    q_nope, q_pe = torch.ones(requests, s_q, 1, 512, dtype=dtype), torch.zeros(requests, s_q, 1, 64, dtype=dtype)
+    kv = torch.zeros(requests, pages * 64, 512, dtype=dtype)
+    kv[:, 1:, 0] = behind[:, None]
+    table = torch.arange(requests * pages, dtype=torch.int32).view(requests, pages)
+    cut_decode(monkeypatch, room, threads)
+    lengths = torch.full((requests,), 701, dtype=torch.int32)
+    pe = torch.zeros(requests * pages, 64, 64, dtype=dtype)
+    check_decode((q_nope, q_pe, kv.view(-1, 64, 512), pe, table, lengths, 1.0))
 
 
 @pytest.mark.parametrize("num_splits", [None, 1, 3, 100])
@@ -722,7 +758,7 @@ def test_ops_by_rows_as_on_an_accelerator(monkeypatch, dtype):
     for causal in (True, False):
         check_decode(decode_inputs([37, 0, 1, 16, 5], page_size=16, s_q=4, dtype=dtype), causal)
         check_prefill(prefill_inputs([20, 0, 7, 4], [29, 3, 7, 1], dtype=dtype), causal)
-    monkeypatch.setattr(DECODE, "GATHER_BYTES", 1)
+    cut_decode(monkeypatch, 1)
     args = decode_inputs([37, 0, 1, 16, 5], page_size=16, s_q=4, dtype=dtype)
     check_decode(args, tolerance=MERGED if dtype == torch.float64 else None)
     assert len(calls) > 10
@@ -758,18 +794,6 @@ def test_values_narrower_than_keys_are_read_with_what_lies_behind_them(room, dty
     for one, other in zip((out, lse), _attention.attend(q, k, v.contiguous(), 0.1)):
         assert torch.equal(one, other)
     assert out.shape == (2, 3, 5, 128)
-
-
-@pytest.mark.parametrize("page_size", [1, 16])
-def test_unused_slots_are_zeroed_alike(page_size):
-    used = [3 * page_size - n % page_size for n in (0, 1, 5, 15)]
-    rows = torch.randn(4, 3 * page_size, 6)
-    masked, sliced = rows.clone(), rows.clone()
-    _paged._zero_masked(masked, torch.tensor(used)[:, None], page_size)
-    _paged._zero_slices(sliced, used)
-    for index, count in enumerate(used):
-        rows[index, count:] = 0
-    assert torch.equal(masked, rows) and torch.equal(sliced, rows)
 
 
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
@@ -838,7 +862,7 @@ def test_joined_sees_neighbours_in_one_storage():
     room = torch.randn(3, 4, 20)
     for start in (0, 5):
         a, b = room[..., start : start + 8], room[..., start + 8 : start + 12]
-        whole = _attention.joined(a, b)
+        whole = _rows.joined(a, b)
         assert torch.equal(whole, room[..., start : start + 12])
         assert whole.data_ptr() == a.data_ptr()
 
@@ -861,7 +885,7 @@ ROOM = torch.arange(240.0).view(3, 4, 20)
     ids=["another storage", "swapped", "a gap", "fewer rows", "other rows", "columns apart", "strides", "transposed"],
 )
 def test_joined_refuses_what_is_no_neighbour(a, b):
-    assert _attention.joined(a, b) is None
+    assert _rows.joined(a, b) is None
 
 
 # Bad arguments
@@ -1330,14 +1354,14 @@ MEMORY = {
         call = ops.mla_prefill
     """,
     "decode": """
-        cache = torch.randn(keys // 64, 64, 576).bfloat16()
+        cache = torch.empty(keys // 64, 64, 576, dtype=torch.bfloat16).normal_()
         q = torch.randn(40, 1, 2, 576).bfloat16()
         table = torch.arange(keys // 64, dtype=torch.int32).expand(40, -1)
         args = q[..., :512], q[..., 512:], cache[..., :512], cache[..., 512:], table, ints(*[keys] * 40), 576**-0.5
         call = ops.mla_decode
     """,
     "decode of many short and one long": """
-        cache = torch.randn(4 * keys // 64, 64, 576).bfloat16()
+        cache = torch.empty(4 * keys // 64, 64, 576, dtype=torch.bfloat16).normal_()
         q = torch.randn(2000, 1, 2, 576).bfloat16()
         table = torch.arange(4 * keys // 64, dtype=torch.int32).expand(2000, -1)
         lengths = ints(*[64] * 1999, 4 * keys)
@@ -1348,8 +1372,8 @@ MEMORY = {
         import importlib
         from ntops_mla.ops import _attention, _paged
         decode = importlib.import_module("ntops_mla.ops._paged")
-        decode.attend = lambda q, k, v, scale, mask: _attention._attend_by_rows(q, k, v, scale, mask, False)
-        cache = torch.randn(keys // 64, 64, 576).bfloat16()
+        decode.attend = lambda q, k, v, scale, mask, exact_lse: _attention._attend_by_rows(q, k, v, scale, mask, False)
+        cache = torch.empty(keys // 64, 64, 576, dtype=torch.bfloat16).normal_()
         q = torch.randn(1, 16, 2, 576).bfloat16()
         table = torch.arange(keys // 64, dtype=torch.int32)[None]
         args = q[..., :512], q[..., 512:], cache[..., :512], cache[..., 512:], table, ints(keys), 576**-0.5

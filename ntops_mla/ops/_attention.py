@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 
-# Bytes that a reference may gather or expand at once, and elements of a mask or a score matrix.
-GATHER_BYTES = 256 << 20
+# Elements of a score matrix.
 _SCORE_ELEMENTS = 16 << 20
+# For two-byte inputs PyTorch's CPU kernel sums exponentials of 13 bits: its lse is off by up to 1.04e-4 whatever its
+# size. From here on that is less than 2^-15 of it; below are mostly the rows that see a few dozen keys.
+_SMALL_LSE = 3.4
 
 
 def attend(
@@ -36,19 +36,28 @@ def attend(
             widen(q, width), widen(k, width), _over(v, width), 0.0, causal, attn_mask=mask, scale=scale
         )
         lse = lse.float()
-        if exact_lse and q.element_size() == 2:
+        if exact_lse and may_be_inexact(lse, q):
             _sharpen(lse, q, k, scale, mask, causal)
         return out[..., : v.shape[-1]], lse
     return _attend_by_rows(q, k, v, scale, mask, causal)
 
 
-def _sharpen(lse, q, k, scale, mask, causal):
-    """Compute the small ones of `lse` `[B, H, Lq]` anew, in place.
+def may_be_inexact(lse: torch.Tensor, q: torch.Tensor) -> bool:
+    """Whether there may be small ones in an lse of these queries which `attend` was not asked to compute exactly."""
+    if q.device.type != "cpu" or q.element_size() != 2:
+        return False
+    low, high = lse.aminmax()  # NaN if one is: then there may be
+    return not (low >= _SMALL_LSE or high <= -_SMALL_LSE)
 
-    For two-byte inputs PyTorch's kernel sums exponentials of 13 bits: its lse is off by up to 1.04e-4 whatever its
-    size. From 3.4 on that is less than 2^-15 of it; below are the rows that see a few dozen keys.
-    """
-    small = lse.abs() < 3.4  # a row without keys has NaN: not small
+
+def is_small(lse: torch.Tensor) -> torch.Tensor:
+    """Where the kernel's lse is not exact: not in a row without keys, whose lse is NaN or -inf."""
+    return lse.abs() < _SMALL_LSE
+
+
+def _sharpen(lse, q, k, scale, mask, causal):
+    """Compute the small ones of `lse` `[B, H, Lq]` anew, in place."""
+    small = is_small(lse)
     if not small.any():
         return
     batches, rows = small.any(1).any(1).nonzero()[:, 0], small.any(1).any(0).nonzero()[:, 0]
@@ -67,6 +76,18 @@ def _sharpen(lse, q, k, scale, mask, causal):
         # [b, some, H]: the indexed dimensions come first
         exact, old = scores.logsumexp(-1).transpose(1, 2), lse[place]
         lse[place] = torch.where(small[place], exact, old)
+
+
+def exact_lse(q: torch.Tensor, k: torch.Tensor, scale: float, mask: torch.Tensor) -> torch.Tensor:
+    """`attend`'s lse by products in float32; mask `[B, 1, 1 or Lq, Lk]`."""
+    kt = k.float().transpose(-1, -2)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    step = max(1, _SCORE_ELEMENTS // (k.shape[0] * k.shape[1] * k.shape[2]))
+    for start in range(0, q.shape[2], step):
+        block = slice(start, start + step)
+        scores = torch.matmul(q[:, :, block].float(), kt).mul_(scale)
+        lse[:, :, block] = scores.add_(mask if mask.shape[2] == 1 else mask[:, :, block]).logsumexp(-1)
+    return lse
 
 
 def _attend_by_rows(q, k, v, scale, mask, causal):
@@ -125,28 +146,3 @@ def merge(
     weight = torch.where(empty, 0.0, (lse - total).exp())[..., None]
     other_weight = torch.where(empty, 0.0, (other_lse - total).exp())[..., None]
     return out * weight + other * other_weight, total
-
-
-def joined(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
-    """`[..., Da + Db]` as a view where `b`'s columns follow `a`'s in one storage, else None."""
-    width = a.shape[-1]
-    if (
-        a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-        and a.shape[:-1] == b.shape[:-1]
-        and a.stride() == b.stride()
-        and a.stride(-1) == 1
-        and b.storage_offset() == a.storage_offset() + width
-    ):
-        return a.as_strided((*a.shape[:-1], width + b.shape[-1]), a.stride(), a.storage_offset())
-    return None
-
-
-def side_by_side(
-    a: torch.Tensor, b: torch.Tensor, read: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function of an index: what `read(tensor, index)` gives of `a` and of `b`, `[..., Da + Db]`, read once where
-    they are joined."""
-    both = joined(a, b)
-    if both is not None:
-        return lambda index: read(both, index)
-    return lambda index: torch.cat([read(a, index), read(b, index)], -1)

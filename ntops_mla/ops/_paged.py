@@ -3,37 +3,39 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from ntops_mla.ops._attention import GATHER_BYTES, attend, joined, merge
+from ntops_mla.ops._attention import attend, exact_lse, is_small, may_be_inexact, merge
+from ntops_mla.ops._rows import Rows, at_once, joined
 
 _NO_KEY = float("-inf")
+# Above it, and below any lse: what a difference of two -inf would be NaN without.
+_LEAST = -1e30
 
+# Keys in whole tiles: PyTorch's CPU kernel takes a third longer for 500 keys than for 512.
+_KEY_TILE = 32
+# Requests go together whose lengths in this unit are alike: the same up to 4, then within a quarter. What is more to
+# multiply costs less than calls of few requests, which leave threads idle.
+_LENGTH_UNIT = 128
+# Rows of a request that PyTorch's CPU kernel gives to one thread, and keys that are worth a thread of their own.
+_THREAD_ROWS = 32
+_THREAD_KEYS = 512
+# Keys of a span for each row of its requests, at least: fewer cost more in merging than the caches bring.
+_KEYS_PER_ROW = 8
 # Tokens of a causal run that share one call, and elements of one mask. Fewer tokens gather less work
 # above the diagonal, more give longer products.
 _CAUSAL_TOKENS = 128
 _MASK_ELEMENTS = 8 << 20
-_KEY_TILE = 32
-
-
-class Paged(NamedTuple):
-    """A cache as references read it, for the op of that name.
-
-    gather: a tensor of pages `[n]` -> their rows `[n, page_size, C + R]` in q's dtype, a copy; IndexError for a page
-    that is not there.
-    """
-
-    op: str
-    gather: Callable[[torch.Tensor], torch.Tensor]
-    pages: int
-    page_size: int
+# Slots and masks of all requests that are made together: that takes fewer calls than one for each group.
+_SHARED_ELEMENTS = 1 << 20
 
 
 def attend_paged(
-    paged: Paged,
+    op: str,
+    cache: Rows,
+    page_size: int,
     q_nope: torch.Tensor,
     q_pe: torch.Tensor,
     block_table: torch.Tensor,
@@ -41,177 +43,217 @@ def attend_paged(
     softmax_scale: float,
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """mla_decode in PyTorch, over any cache of pages."""
+    """mla_decode in PyTorch, over any cache of rows, for the op of that name."""
     batch, s_q, heads, latent = q_nope.shape
-    out = torch.zeros(batch, s_q, heads, latent, dtype=q_nope.dtype, device=q_nope.device)
-    lse = torch.full((batch, heads, s_q), _NO_KEY, dtype=torch.float32, device=q_nope.device)
-    page_size = paged.page_size
-    lengths = seq_lens.tolist()
     if batch == 0 or s_q == 0 or heads == 0:
-        return out, lse
+        return torch.empty_like(q_nope), torch.empty(batch, heads, s_q, dtype=torch.float32, device=q_nope.device)
+    lengths = seq_lens.tolist()
     if min(lengths) < 0:
-        raise ValueError(f"{paged.op}: seq_lens must not be negative, got {min(lengths)}")
+        raise ValueError(f"{op}: seq_lens must not be negative, got {min(lengths)}")
     most = -(-max(lengths) // page_size)
     if most > block_table.shape[1]:
         raise ValueError(
-            f"{paged.op}: seq_lens reach {max(lengths)} tokens, {most} pages, "
+            f"{op}: seq_lens reach {max(lengths)} tokens, {most} pages, "
             f"but block_table has {block_table.shape[1]} columns"
         )
-    # [B, s_q, H, C + R]
-    q = joined(q_nope, q_pe)
-    q = torch.cat([q_nope, q_pe], -1) if q is None else q
-
-    # Requests with the same number of pages go together: no padded page is gathered, and there is one call per group.
-    pages = [-(-length // page_size) for length in lengths]
-    order = sorted(range(batch), key=pages.__getitem__)
+    order = sorted(range(batch), key=lengths.__getitem__)
     in_order = order == list(range(batch))
+    q = joined(q_nope, q_pe)
+    # [B, 1, s_q H, C + R]
+    q = (torch.cat([q_nope, q_pe], -1) if q is None else q).flatten(1, 2)[:, None]
     if not in_order:
         index = torch.tensor(order, device=q.device)
         q, block_table, seq_lens = (x.index_select(0, index) for x in (q, block_table, seq_lens))
-    group_out, group_lse = (out, lse) if in_order else (torch.zeros_like(out), torch.full_like(lse, _NO_KEY))
-    view = _View(seq_lens, [lengths[i] for i in order], s_q, causal, page_size, q.dtype)
-    page_bytes = page_size * q.shape[3] * q.element_size()
-    first = 0
-    for count, members in itertools.groupby(pages[i] for i in order):
-        last = first + len(list(members))
-        together = max(1, GATHER_BYTES // (count * page_bytes)) if count else batch
-        for start in range(first, last, together) if count else ():
-            rows = slice(start, min(start + together, last))
-            part, part_lse = _attend_pages(q[rows], paged, block_table[rows, :count], view, rows, softmax_scale)
-            group_out[rows] = part[..., :latent]
-            group_lse[rows] = part_lse.transpose(1, 2)
-        first = last
+        lengths = [lengths[i] for i in order]
+    requests = _Requests(op, cache, page_size, block_table, seq_lens, lengths, s_q, causal, q.dtype)
+    calls = list(_calls(q, lengths))
+    parts = [_attend_requests(q[rows], requests, rows, heads, softmax_scale, cut) for rows, cut in calls]
+    # [B, 1, s_q H, C], [B, 1, s_q H]
+    out = torch.cat([part[..., :latent] for part, _ in parts])
+    lse = torch.cat([part for _, part in parts])
+    if may_be_inexact(lse, q):
+        for rows, cut in calls:
+            _sharpen(lse[rows], q[rows], requests, rows, heads, softmax_scale, cut)
     if not in_order:
-        out[index], lse[index] = group_out, group_lse
-    return out, lse
+        inverse = torch.tensor(sorted(range(batch), key=order.__getitem__), device=q.device)
+        out, lse = out.index_select(0, inverse), lse.index_select(0, inverse)
+    # A clone: one head or token would be contiguous with the strides of the other order.
+    lse = lse.view(batch, s_q, heads).transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    return out.view(q_nope.shape), lse
 
 
-class _View:
-    """Which keys each row of a batch, in order of its pages, sees."""
+def _calls(q, lengths):
+    """Which of the requests, sorted by their lengths, go together, and how their keys are cut."""
+    rows, room, threads = q.shape[2], at_once(q, q.shape[3]), 1
+    if q.device.type == "cpu":  # those that the rows of one request do not fill
+        threads = -(-torch.get_num_threads() // -(-rows // _THREAD_ROWS))
+    first = 0
+    for _, members in itertools.groupby(lengths, _alike):
+        last = first + len(list(members))
+        together = max(room // max(lengths[last - 1], 1), threads)
+        for start in range(first, last, together):
+            stop = min(start + together, last)
+            yield slice(start, stop), _Cut.of(lengths[stop - 1], stop - start, rows, room, threads)
+        first = last
 
-    def __init__(self, seq_lens, lengths, s_q, causal, page_size, dtype) -> None:
-        device = seq_lens.device
-        self.lengths = lengths  # seq_lens on the host
-        self.causal = causal and s_q > 1
-        # keys each row sees: [B, s_q] (causal), else [B, 1]
-        self.limit = seq_lens[:, None]
-        if self.causal:
-            self.limit = self.limit - s_q + 1 + torch.arange(s_q, device=device)
-        self._page_size = page_size
-        self._dtype = dtype
-        self._shared, self._covered = None, slice(0, 0)
 
-    def mask(self, rows, start, stop):
-        """Additive `[G, 1, 1, stop - start]`: all s_q rows of a request see the same keys."""
-        if rows.start < self._covered.start or rows.stop > self._covered.stop:
-            # One mask for all requests that follow takes fewer calls than one for each group. But it is as wide as the
-            # longest of them: only while that is small.
-            rest = slice(rows.start, len(self.lengths))
-            small = (rest.stop - rest.start) * self._slots(rest.stop - 1) <= _MASK_ELEMENTS
-            self._covered = rest if small else rows
-            self._shared = self._hide(self.limit[self._covered], 0, self._slots(self._covered.stop - 1))[:, :, None]
+def _alike(length):
+    """The same number for lengths that go together, 0 for none."""
+    units = -(-length // _LENGTH_UNIT)
+    step = 1 << max(units.bit_length() - 3, 0)
+    return -(-units // step) * step
+
+
+class _Cut(NamedTuple):
+    """How the keys of some requests are cut: `spans` one after the other, each in `splits` for threads."""
+
+    spans: list[tuple[int, int]]
+    splits: int
+    tile: int  # what the keys of a call are a multiple of
+
+    @classmethod
+    def of(cls, longest: int, requests: int, rows: int, room: int, threads: int) -> _Cut:
+        """For requests of up to `longest` keys and `rows` each: at most `room` keys at once, if they are not few."""
+        count = max(1, -(-longest // max(room // requests, _KEYS_PER_ROW * rows)))
+        splits = max(1, min(threads // requests, longest // count // _THREAD_KEYS))
+        tile = _KEY_TILE * splits
+        span = max(1, -(-longest // count // tile)) * tile
+        spans = [(start, min(start + span, -(-longest // tile) * tile)) for start in range(0, longest, span)]
+        return cls(spans, splits, tile)
+
+
+class _Requests:
+    """Requests in the order of their lengths: which slots their keys are in, and which of them each row sees."""
+
+    def __init__(self, op, cache, page_size, block_table, seq_lens, lengths, s_q, causal, dtype) -> None:
+        self._lengths = lengths  # seq_lens on the host
+        self._s_q, self._causal = s_q, causal and s_q > 1
+        self._op, self._cache, self._page_size = op, cache, page_size
+        self._table, self._seq_lens, self._dtype = block_table, seq_lens[:, None], dtype
+        self._covered, self._slots, self._mask = slice(0, 0), None, None
+
+    def cover(self, rows, width):
+        """Have the slots of these requests' first `width` keys at hand, and of all that follow, while they are few."""
+        if self._covered.start <= rows.start and rows.stop <= self._covered.stop and width <= self._slots.shape[1]:
+            return
+        rest = slice(rows.start, len(self._lengths))
+        longest = max(width, -(-self._lengths[-1] // _KEY_TILE) * _KEY_TILE)
+        if (rest.stop - rest.start) * longest <= _SHARED_ELEMENTS:
+            rows, width = rest, longest
+        lengths, shift = self._seq_lens[rows], self._page_size.bit_length() - 1
+        key = torch.arange(width, device=lengths.device)
+        # Behind a request's last key comes the last key again: what the cache holds there may be NaN, and 0 x NaN is
+        # NaN, and the table's entry may be no page. (Shifts: a quotient of integers takes PyTorch six times as long.)
+        position = torch.minimum(key, lengths - 1)
+        page = self._table[rows].long().gather(1, position >> shift)
+        self._slots = (page << shift) + (position & (self._page_size - 1))
+        self._mask = None if self._causal else self._hide(key >= lengths)[:, None, None]
+        self._covered = rows
+
+    def keys(self, rows, start, stop):
+        """`[G, stop - start, C + R]` of covered requests."""
+        slots = self._slots[self._within(rows), start:stop]
+        try:
+            return self._cache.gather(slots.reshape(-1)).view(*slots.shape, -1)
+        except IndexError as error:
+            size = self._page_size
+            low, high = (int(slot) // size for slot in slots.aminmax())
+            raise ValueError(
+                f"{self._op}: block_table must hold pages below {self._cache.count // size}, got {low} to {high}"
+            ) from error
+
+    def blocks(self, rows, start, stop, heads, tile):
+        """What the rows of a request see of these keys: slice of rows, how many keys, additive mask `[G, 1, 1 or rows,
+        keys]`, and how many the row that sees fewest does; rows that see none are left out.
+
+        A block of a causal run at a time, over the keys it sees: so the masks are linear in the keys, and about half of
+        a long run's scores is never computed.
+        """
+        shortest, longest = self._lengths[rows.start], self._lengths[rows.stop - 1]
+        if not self._causal:
+            yield slice(None), stop - start, self._mask[self._within(rows), ..., start:stop], shortest - start
+            return
+        room = _MASK_ELEMENTS // ((rows.stop - rows.start) * heads * (stop - start))
+        some = max(1, min(_CAUSAL_TOKENS, room))
+        for first in range(0, self._s_q, some):
+            last = min(first + some, self._s_q)
+            # Token i of s_q sees a request's keys but for the last s_q - 1 - i.
+            count = longest - self._s_q + last - start
+            if count > 0:
+                seen = min(-(-count // tile) * tile, stop - start)
+                key = torch.arange(start, start + seen, device=self._seq_lens.device)
+                ends = self._seq_lens[rows] - self._s_q + torch.arange(first + 1, last + 1, device=key.device)
+                hidden = self._hide(key >= ends[..., None])
+                mask = hidden[:, :, None].expand(-1, -1, heads, -1).flatten(1, 2)[:, None]
+                yield slice(first * heads, last * heads), seen, mask, shortest - self._s_q + first + 1 - start
+
+    def _within(self, rows):
         first = self._covered.start
-        return self._shared[rows.start - first : rows.stop - first, ..., start:stop]
+        return slice(rows.start - first, rows.stop - first)
 
-    def causal_mask(self, rows, tokens, start, stop, heads):
-        """Additive `[G, 1, tokens * heads or 1, stop - start]`: each of s_q's `tokens` sees its own keys."""
-        hidden = self._hide(self.limit[rows, tokens], start, stop)
-        if hidden.shape[1] == 1:
-            return hidden[:, None]
-        return hidden[:, :, None].expand(-1, -1, heads, -1).flatten(1, 2)[:, None]
-
-    def _slots(self, index):
-        return -(-self.lengths[index] // self._page_size) * self._page_size
-
-    def _hide(self, limit, start, stop):
-        hidden = torch.arange(start, stop, device=limit.device) >= limit[..., None]
-        return torch.zeros(hidden.shape, dtype=self._dtype, device=limit.device).masked_fill_(hidden, _NO_KEY)
+    def _hide(self, hidden):
+        return torch.zeros(hidden.shape, dtype=self._dtype, device=hidden.device).masked_fill_(hidden, _NO_KEY)
 
 
-def _attend_pages(q, paged, table, view, rows, scale):
-    """Equal page counts: q `[G, s_q, H, D]`, table `[G, pages]` -> out `[G, s_q, H, D]`, lse `[G, s_q, H]`."""
-    pages = table.shape[1]
-    page_size = paged.page_size
-    at_once = max(1, GATHER_BYTES // (len(table) * page_size * q.shape[3] * q.element_size()))
-    if pages <= at_once:
-        return _attend_span(q, paged, table, view, rows, scale, 0, True)
-    out, lse = None, None
-    for first in range(0, pages, at_once):
-        span = table[:, first : first + at_once]
-        part, part_lse = _attend_span(q, paged, span, view, rows, scale, first, first + at_once >= pages)
-        wide = part if part.dtype == torch.float64 else part.float()
-        out, lse = (wide, part_lse) if out is None else merge(out, lse, wide, part_lse)
+def _attend_requests(q, requests, rows, heads, scale, cut):
+    """Requests of similar length: q `[G, 1, s_q H, D]` -> out `[G, 1, s_q H, D]` of q's dtype, lse `[G, 1, s_q H]`."""
+    if not cut.spans:
+        return torch.zeros_like(q), torch.full(q.shape[:3], _NO_KEY, dtype=torch.float32, device=q.device)
+    requests.cover(rows, cut.spans[-1][1])
+    out = lse = None
+    for start, stop in cut.spans:
+        part, part_lse = _attend_span(q, requests, rows, heads, scale, start, stop, cut)
+        out, lse = (part, part_lse) if out is None else merge(out, lse, part, part_lse)
     return out.to(q.dtype), lse
 
 
-def _attend_span(q, paged, table, view, rows, scale, first_page, has_last):
-    """The keys of `table`'s pages, the requests' pages from `first_page` on; `rows`: where they are in view."""
-    group, pages = table.shape
-    page_size = paged.page_size
-    start = first_page * page_size
-    # [G, pages * page_size, D]
-    k = _gather(paged, table.reshape(-1)).view(group, pages * page_size, -1)
-    if has_last:
-        # The last page's slots past the length hold anything, NaN too, and 0 x NaN is NaN: zero them in the copy.
-        if k.device.type == "cpu":
-            _zero_slices(k, [length - start for length in view.lengths[rows]])
-        else:
-            _zero_masked(k, view.limit[rows, -1:] - start, page_size)
-    k = k[:, None]
-    if not view.causal:
-        # The heads, and s_q's rows, are attend's rows: one mask row serves them all.
-        out, lse = attend(q.flatten(1, 2)[:, None], k, k, scale, view.mask(rows, start, start + k.shape[2]))
-        return out[:, 0].unflatten(1, q.shape[1:3]), lse[:, 0].unflatten(1, q.shape[1:3])
-    return _attend_causal(q, k, view, rows, scale, start)
-
-
-def _zero_slices(k, used):
-    """k `[G, keys, D]` from `used` keys on, a list: on a CPU four times as fast as the mask."""
-    for index, count in enumerate(used):
-        if count < k.shape[1]:
-            k[index, count:].zero_()
-
-
-def _zero_masked(k, used, page_size):
-    """k `[G, keys, D]` from `used` keys `[G, 1]` on, which lie in the last page: in one launch."""
-    first = k.shape[1] - page_size
-    slot = torch.arange(first, k.shape[1], device=k.device)
-    k[:, first:].masked_fill_((slot >= used)[..., None], 0)
-
-
-def _attend_causal(q, k, view, rows, scale, start):
-    """k `[G, 1, keys, D]`, the requests' keys from `start` on: a block of tokens at a time, over the keys it sees.
-
-    So the masks are linear in the keys, and about half of a long run's scores is never computed.
-    """
-    group, s_q, heads, _ = q.shape
-    lengths = view.lengths[rows]
-    shortest, longest = min(lengths), max(lengths)
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    lse = torch.full((group, s_q, heads), _NO_KEY, dtype=torch.float32, device=q.device)
-    at_once = max(1, min(_CAUSAL_TOKENS, _MASK_ELEMENTS // (group * heads * k.shape[2])))
-    for first in range(0, s_q, at_once):
-        tokens = slice(first, min(first + at_once, s_q))
-        count = longest - s_q + tokens.stop - start
-        if count <= 0:
-            continue
-        # In whole tiles: PyTorch's CPU kernel takes a third longer for 500 keys than for 512.
-        seen = k[:, :, : -(-count // _KEY_TILE) * _KEY_TILE]
-        mask = view.causal_mask(rows, tokens, start, start + seen.shape[2], heads)
-        part, part_lse = attend(q[:, tokens].flatten(1, 2)[:, None], seen, seen, scale, mask)
-        shape = (tokens.stop - first, heads)
-        part, part_lse = part[:, 0].unflatten(1, shape), part_lse[:, 0].unflatten(1, shape)
-        if shortest - s_q + 1 + first <= start:
-            blind = (view.limit[rows, tokens] <= start)[..., None]  # sees no key of this span
-            part, part_lse = part.masked_fill(blind[..., None], 0), part_lse.masked_fill(blind, _NO_KEY)
-        out[:, tokens], lse[:, tokens] = part, part_lse
+def _attend_span(q, requests, rows, heads, scale, start, stop, cut):
+    """The same over the keys from `start` to `stop` alone."""
+    k = requests.keys(rows, start, stop)
+    out = lse = None
+    for some, seen, mask, fewest in requests.blocks(rows, start, stop, heads, cut.tile):
+        part, part_lse = _attend_keys(q[:, :, some], k[:, :seen], scale, mask, fewest, cut.splits)
+        if part.shape == q.shape:
+            return part, part_lse
+        if out is None:
+            out = torch.zeros(q.shape, dtype=part.dtype, device=q.device)
+            lse = torch.full(q.shape[:3], _NO_KEY, dtype=torch.float32, device=q.device)
+        out[:, :, some], lse[:, :, some] = part, part_lse
     return out, lse
 
 
-def _gather(paged, pages):
-    try:
-        return paged.gather(pages)
-    except IndexError as error:
-        raise ValueError(
-            f"{paged.op}: block_table must hold pages below {paged.pages}, got {int(pages.min())} to {int(pages.max())}"
-        ) from error
+def _attend_keys(q, k, scale, mask, fewest, splits):
+    """q `[G, 1, rows, D]`, k `[G, keys, D]`, mask `[G, 1, 1 or rows, keys]` -> out `[G, 1, rows, D]`, lse `[G, 1,
+    rows]`, inexact where it is small. Each row sees at least `fewest` keys, the first ones."""
+    # The splits are attend's heads, and the heads and s_q's tokens its rows: one row of the mask may serve them all.
+    if splits == 1:
+        k = k[:, None]
+    else:
+        q, k = q.expand(-1, splits, -1, -1), k.unflatten(1, (splits, -1))
+        mask = mask.unflatten(3, (splits, -1)).squeeze(1).transpose(1, 2)
+    out, lse = attend(q, k, k, scale, mask, exact_lse=False)
+    if fewest <= (splits - 1) * k.shape[2]:
+        blind = mask.amax(-1) == _NO_KEY
+        out, lse = out.masked_fill(blind[..., None], 0), lse.masked_fill(blind, _NO_KEY)
+    if splits == 1:
+        return out, lse
+    total = lse.logsumexp(1, keepdim=True)
+    weight = (lse - total.clamp(min=_LEAST)).exp()
+    return (out * weight[..., None]).sum(1, keepdim=True), total
+
+
+def _sharpen(lse, q, requests, rows, heads, scale, cut):
+    """Compute the small ones of lse `[G, 1, s_q H]` anew, in place, by products in float32."""
+    small = is_small(lse)
+    concerned = small.flatten(1).any(1).nonzero()[:, 0]
+    if not len(concerned):
+        return
+    requests.cover(rows, cut.spans[-1][1])
+    exact = torch.full_like(lse, _NO_KEY)
+    for start, stop in cut.spans:
+        k = requests.keys(rows, start, stop)[concerned, None]
+        for some, seen, mask, _ in requests.blocks(rows, start, stop, heads, cut.tile):
+            if small[:, :, some].any():
+                part = exact_lse(q[:, :, some][concerned], k[:, :, :seen], scale, mask[concerned])
+                exact[concerned, :, some] = torch.logaddexp(exact[concerned, :, some], part)
+    torch.where(small, exact, lse, out=lse)

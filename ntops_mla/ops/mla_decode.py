@@ -9,9 +9,9 @@ import torch
 from ntops_mla.board import Board
 from ntops_mla.kernel import within_int32
 from ntops_mla.ops import _check, _inspect, _split
-from ntops_mla.ops._attention import side_by_side
 from ntops_mla.ops._op import register
-from ntops_mla.ops._paged import Paged, attend_paged
+from ntops_mla.ops._paged import attend_paged
+from ntops_mla.ops._rows import rows_of
 from ntops_mla.ops._split import Made, check_schedule, make, needed, parts, plan, refuse_far_slots
 from ntops_mla.ops.latent_append import LATENT_SIZES
 from ntops_mla.ops.mla_schedule import mla_schedule
@@ -123,9 +123,8 @@ def _look(q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale
 
 
 def _reference(q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, causal, num_splits, schedule):
-    gather = side_by_side(kv_cache, pe_cache, lambda cache, pages: cache.index_select(0, pages))
-    paged = Paged("mla_decode", gather, *kv_cache.shape[:2])
-    return attend_paged(paged, q_nope, q_pe, block_table, seq_lens, softmax_scale, causal)
+    cache, requests = rows_of(kv_cache, pe_cache), (block_table, seq_lens)
+    return attend_paged("mla_decode", cache, kv_cache.shape[1], q_nope, q_pe, *requests, softmax_scale, causal)
 
 
 def _fake(q_nope, q_pe, kv_cache, pe_cache, block_table, seq_lens, softmax_scale, causal, num_splits, schedule):

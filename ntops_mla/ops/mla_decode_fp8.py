@@ -9,9 +9,10 @@ import torch
 from ntops_mla.board import Board
 from ntops_mla.kernel import within_int32
 from ntops_mla.ops import _check, _inspect
-from ntops_mla.ops._fp8 import GROUPS, LATENT, ROPE, TOKEN_BYTES, dequantize, quantize_into
+from ntops_mla.ops._fp8 import GROUPS, LATENT, ROPE, TOKEN_BYTES, quantize_into
 from ntops_mla.ops._op import register
-from ntops_mla.ops._paged import Paged, attend_paged
+from ntops_mla.ops._paged import attend_paged
+from ntops_mla.ops._rows import rows_of_bytes
 from ntops_mla.ops._split import Made, check_schedule, launch, make, needed, parts, plan
 from ntops_mla.ops.mla_decode import (
     check_numbers,
@@ -107,13 +108,8 @@ def _look(q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal, num
 
 
 def _reference(q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal, num_splits, schedule):
-    rows = cache.view(torch.uint8)
-
-    def gather(pages):
-        return dequantize(rows.index_select(0, pages), q_nope.dtype)
-
-    paged = Paged("mla_decode_fp8", gather, *cache.shape[:2])
-    return attend_paged(paged, q_nope, q_pe, block_table, seq_lens, softmax_scale, causal)
+    rows, requests = rows_of_bytes(cache, q_nope.dtype), (block_table, seq_lens)
+    return attend_paged("mla_decode_fp8", rows, cache.shape[1], q_nope, q_pe, *requests, softmax_scale, causal)
 
 
 def _fake(q_nope, q_pe, cache, block_table, seq_lens, softmax_scale, causal, num_splits, schedule):

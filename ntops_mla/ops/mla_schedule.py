@@ -6,10 +6,11 @@ import functools
 
 import torch
 
+from ntops_mla import dispatch
 from ntops_mla.board import Board, Needed, board_of
 from ntops_mla.kernel import Kernel
 from ntops_mla.ops import _check
-from ntops_mla.ops._op import register
+from ntops_mla.ops._op import get, register
 from ntops_mla.ops._split import SPLIT_KEYS
 from ntops_mla.platform import Platform, detect
 
@@ -53,8 +54,10 @@ def decode_schedule(seq_lens: torch.Tensor, rows: int, keys: int) -> torch.Tenso
     batch = seq_lens.shape[0]
     if batch < 2 or keys <= SPLIT_KEYS or batch >= _WAVES * _parts(seq_lens.device, rows, None):
         return None
-    if not torch.compiler.is_compiling() and mla_schedule.explain(seq_lens, rows).backend != "kernel":
-        return None
+    if not torch.compiler.is_compiling():
+        spec = get("mla_schedule").spec
+        if dispatch.chosen(spec, seq_lens.device, (seq_lens, rows, None)).backend != "kernel":
+            return None
     return mla_schedule(seq_lens, rows)
 
 

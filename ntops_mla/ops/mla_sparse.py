@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
 from ntops_mla.board import Board
 from ntops_mla.kernel import within_int32
 from ntops_mla.ops import _check
-from ntops_mla.ops._attention import GATHER_BYTES, attend, side_by_side
+from ntops_mla.ops._attention import attend
 from ntops_mla.ops._op import register
+from ntops_mla.ops._rows import Rows, at_once, rows_of
 from ntops_mla.ops._split import Made, make, needed, plan, refuse_far_slots
 from ntops_mla.ops.mla_decode import check_caches, check_numbers, check_queries, unsupported_heads
 from ntops_mla.platform import Platform, Tile
@@ -23,10 +22,6 @@ _NO_KEY = float("-inf")
 # FlashMLA: a token has 2048 at most as a rule, and one of 128 heads then makes 64 programs with a tile of 64 rows and
 # 128 with one of 32.
 SPLIT_KEYS = 64
-
-# Of the reference on a CPU, for each thread: bytes gathered at once. What is gathered and its scores stay in the caches
-# then, and are no new pages of memory each time, which cost more than the products.
-_CPU_GATHER_BYTES = 4 << 20
 
 
 def mla_sparse(
@@ -87,16 +82,8 @@ def check_lists(op: str, q_nope: torch.Tensor, indices: object, topk_length: obj
 
 
 def _reference(q_nope, q_pe, kv_cache, pe_cache, indices, softmax_scale, topk_length, num_splits, want_max):
-    pages, page_size, _ = kv_cache.shape
-    gather = side_by_side(kv_cache, pe_cache, lambda cache, index: _rows(cache, index, page_size))
-    return attend_lists(Rows(gather, pages * page_size), q_nope, q_pe, indices, softmax_scale, topk_length, want_max)
-
-
-class Rows(NamedTuple):
-    """A cache as references read it. gather: index `[n]`, each below `count` -> rows `[n, C + R]` in q's dtype."""
-
-    gather: Callable[[torch.Tensor], torch.Tensor]
-    count: int
+    cache = rows_of(kv_cache, pe_cache)
+    return attend_lists(cache, q_nope, q_pe, indices, softmax_scale, topk_length, want_max)
 
 
 def attend_lists(
@@ -117,8 +104,7 @@ def attend_lists(
     lengths = None if topk_length is None else topk_length.flatten()
     outs, lses, most = out.flatten(0, 1), lse.flatten(0, 1), maxima.flatten(0, 1) if want_max else None
     (tokens, topk), latent, host = indices.shape, q_nope.shape[2], q_nope.device.type == "cpu"
-    room = _CPU_GATHER_BYTES * torch.get_num_threads() if host else GATHER_BYTES
-    step = max(1, room // (topk * (latent + q_pe.shape[2]) * q_nope.element_size()))
+    step = max(1, at_once(q_nope, latent + q_pe.shape[2]) // topk)
     for first in range(0, tokens, step):
         some = slice(first, first + step)
         # [t, H, C + R], [t, topk, C + R], [t, topk]
@@ -156,22 +142,6 @@ def _gather(cache, indices, lengths):
         else:
             keys.masked_fill_(hidden.flatten()[:, None], 0)
     return keys.view(*index.shape, -1), hidden
-
-
-def _rows(cache, index, page_size):
-    """cache `[pages, page_size, D]`, rows by page * page_size + slot: `[n, D]`, a copy."""
-    pages, _, width = cache.shape
-    page_stride, slot_stride, column_stride = cache.stride()
-    if page_size == 1:
-        return cache[:, 0].index_select(0, index)
-    if pages == 1:
-        return cache[0].index_select(0, index)
-    steps = page_stride // slot_stride if slot_stride else 0
-    if steps >= page_size and steps * slot_stride == page_stride:
-        # Pages that lie a whole number of slots apart are one list of rows: index_select is the faster copy.
-        rows = cache.as_strided(((pages - 1) * steps + page_size, width), (slot_stride, column_stride))
-        return rows.index_select(0, index if steps == page_size else index + index // page_size * (steps - page_size))
-    return cache[index // page_size, index % page_size]
 
 
 def _attend_fused(q, keys, hidden, scale):

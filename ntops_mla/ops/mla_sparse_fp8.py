@@ -9,14 +9,14 @@ import torch
 from ntops_mla.board import Board
 from ntops_mla.kernel import within_int32
 from ntops_mla.ops import _check
-from ntops_mla.ops._fp8 import LATENT, ROPE, TOKEN_BYTES, dequantize
+from ntops_mla.ops._fp8 import LATENT, ROPE, TOKEN_BYTES
 from ntops_mla.ops._op import register
+from ntops_mla.ops._rows import rows_of_bytes
 from ntops_mla.ops._split import Made, make, needed, plan
 from ntops_mla.ops.mla_decode import check_numbers
 from ntops_mla.ops.mla_decode_fp8 import check_fp8, example_cache, split_views
 from ntops_mla.ops.mla_sparse import (
     SPLIT_KEYS,
-    Rows,
     attend_lists,
     check_lists,
     counts,
@@ -70,13 +70,7 @@ def _check_args(q_nope, q_pe, cache, indices, softmax_scale, topk_length, num_sp
 
 
 def _reference(q_nope, q_pe, cache, indices, softmax_scale, topk_length, num_splits, want_max):
-    pages, page_size, _ = cache.shape
-    tokens = cache.view(torch.uint8)
-
-    def gather(index):
-        return dequantize(tokens[index // page_size, index % page_size], q_nope.dtype)
-
-    rows = Rows(gather, pages * page_size)
+    rows = rows_of_bytes(cache, q_nope.dtype)
     return attend_lists(rows, q_nope, q_pe, indices, softmax_scale, topk_length, want_max)
 
 
