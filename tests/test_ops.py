@@ -18,6 +18,7 @@ from ntops_mla.testing import DECODE_LSE, DECODE_OUT, PREFILL_LSE, PREFILL_OUT, 
 ROOT = Path(__file__).resolve().parent.parent
 # The functions of ops hide their modules' names.
 DECODE = importlib.import_module("ntops_mla.ops._paged")
+PREFILL = importlib.import_module("ntops_mla.ops.mla_prefill")
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (*HALF, torch.float32, torch.float64)
@@ -625,10 +626,17 @@ def test_prefill(lengths, key_lengths, causal, dtype):
 
 
 @pytest.mark.parametrize("past", [1, 64, 130])
-@pytest.mark.parametrize("tokens", [127, 128, 129, 260])
-def test_prefill_past_in_blocks_of_rows(tokens, past):
-    """The masked path goes by blocks of 128 rows; a last block of one row is seen whole."""
+@pytest.mark.parametrize("elements, tokens", [(1, 127), (1, 128), (1, 129), (1, 260), (1 << 23, 512), (1 << 23, 513)])
+def test_prefill_past_in_blocks_of_rows(monkeypatch, elements, tokens, past):
+    """The masked path goes by blocks of 512 rows, of 128 where masks would be large; a last one of one row is seen
+    whole."""
+    blocks = []
+    attend = PREFILL.attend
+    monkeypatch.setattr(PREFILL, "attend", lambda q, *a, **kw: blocks.append(q.shape[2]) or attend(q, *a, **kw))
+    monkeypatch.setattr(PREFILL, "_MASK_ELEMENTS", elements)
+    rows = 128 if elements == 1 else 512
     check_prefill(prefill_inputs([tokens, 2], [tokens + past, 2], heads=1, dqk=24, dv=16, dtype=torch.float64))
+    assert blocks == [min(rows, tokens - done) for done in range(0, tokens, rows)] + [2]
 
 
 @pytest.mark.parametrize("strided", [False, True], ids=["packed", "strided"])
@@ -754,7 +762,7 @@ def test_ops_by_rows_as_on_an_accelerator(monkeypatch, dtype):
 
     monkeypatch.setattr(_attention, "_SCORE_ELEMENTS", 200)
     monkeypatch.setattr(DECODE, "attend", by_rows)
-    monkeypatch.setattr(importlib.import_module("ntops_mla.ops.mla_prefill"), "attend", by_rows)
+    monkeypatch.setattr(PREFILL, "attend", by_rows)
     for causal in (True, False):
         check_decode(decode_inputs([37, 0, 1, 16, 5], page_size=16, s_q=4, dtype=dtype), causal)
         check_prefill(prefill_inputs([20, 0, 7, 4], [29, 3, 7, 1], dtype=dtype), causal)
