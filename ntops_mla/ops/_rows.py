@@ -12,7 +12,7 @@ from ntops_mla.ops._fp8 import dequantize
 # Bytes of rows that a reference gathers at once; on a CPU so many for each thread. What is gathered and its scores
 # stay in the caches then, and are no new pages of memory each time, which cost more than the products.
 _GATHER_BYTES = 256 << 20
-_CPU_GATHER_BYTES = 4 << 20
+_CPU_GATHER_BYTES = 5 << 20
 
 
 class Rows(NamedTuple):

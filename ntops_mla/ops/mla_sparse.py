@@ -11,7 +11,7 @@ from ntops_mla.kernel import within_int32
 from ntops_mla.ops import _check
 from ntops_mla.ops._attention import attend
 from ntops_mla.ops._op import register
-from ntops_mla.ops._rows import Rows, at_once, rows_of
+from ntops_mla.ops._rows import Rows, at_once, joined, rows_of
 from ntops_mla.ops._split import Made, make, needed, plan, refuse_far_slots
 from ntops_mla.ops.mla_decode import check_caches, check_numbers, check_queries, unsupported_heads
 from ntops_mla.platform import Platform, Tile
@@ -22,6 +22,9 @@ _NO_KEY = float("-inf")
 # FlashMLA: a token has 2048 at most as a rule, and one of 128 heads then makes 64 programs with a tile of 64 rows and
 # 128 with one of 32.
 SPLIT_KEYS = 64
+
+# Heads up to which PyTorch's fused kernel for a CPU is faster than products with their softmax between them.
+_FUSED_HEADS = 32
 
 
 def mla_sparse(
@@ -99,24 +102,25 @@ def attend_lists(
     out, lse, maxima = results(q_nope, want_max)
     if not out.numel() or not indices.shape[2] or not cache.count:
         return out.zero_(), lse.fill_(_NO_KEY), maxima.fill_(_NO_KEY)
-    # [T, H, C], [T, H, R], [T, topk], [T], and what is written: views, on which the results' dimensions lie
-    q_nope, q_pe, indices = q_nope.flatten(0, 1), q_pe.flatten(0, 1), indices.flatten(0, 1)
-    lengths = None if topk_length is None else topk_length.flatten()
+    q = joined(q_nope, q_pe)
+    # [T, H, C + R], [T, topk], [T], and what is written: views, on which the results' dimensions lie
+    q = (torch.cat([q_nope, q_pe], -1) if q is None else q).flatten(0, 1)
+    indices, lengths = indices.flatten(0, 1), None if topk_length is None else topk_length.flatten()
     outs, lses, most = out.flatten(0, 1), lse.flatten(0, 1), maxima.flatten(0, 1) if want_max else None
-    (tokens, topk), latent, host = indices.shape, q_nope.shape[2], q_nope.device.type == "cpu"
-    step = max(1, at_once(q_nope, latent + q_pe.shape[2]) // topk)
+    tokens, topk = indices.shape
+    fused = q.device.type == "cpu" and not want_max and not (q.shape[1] > _FUSED_HEADS and _in_two_products(q))
+    step = max(1, at_once(q, q.shape[2]) // topk)
     for first in range(0, tokens, step):
         some = slice(first, first + step)
-        # [t, H, C + R], [t, topk, C + R], [t, topk]
-        q = torch.cat([q_nope[some], q_pe[some]], -1)
+        # [t, topk, C + R], [t, topk]
         keys, hidden = _gather(cache, indices[some], None if lengths is None else lengths[some])
-        if host and not want_max:
-            part, lses[some] = _attend_fused(q, keys, hidden, softmax_scale)
+        if fused:
+            part, lses[some] = _attend_fused(q[some], keys, hidden, softmax_scale)
         else:
-            part, lses[some], largest = _attend(q, keys, hidden, softmax_scale)
+            part, lses[some], largest = _attend(q[some], keys, hidden, softmax_scale)
             if want_max:
                 most[some] = largest
-        outs[some] = part[..., :latent]
+        outs[some] = part[..., : out.shape[3]]
     return out, lse, maxima
 
 
@@ -157,32 +161,39 @@ def _attend_fused(q, keys, hidden, scale):
     return out, lse
 
 
+def _in_two_products(q):
+    """Whether `_attend` multiplies with matrix instructions."""
+    return q.dtype == torch.bfloat16 and q.device.type == "cpu" and _adds_before_it_rounds()
+
+
 def _attend(q, keys, hidden, scale):
     """q `[t, H, D]`, keys `[t, topk, D]`, which are the values too, hidden `[t, topk]` or None -> out `[t, H, D]`, lse
     and the largest score `[t, H]`."""
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and _adds_before_it_rounds():
-        # Two products with matrix instructions are faster than one in float32, and good for 16 bits: the second one
-        # gives what the first one has rounded away. The keys come first: what PyTorch packs anew for the matrix unit
-        # are the queries then, of which there are fewer.
-        turned = q.transpose(1, 2)
+    # A token's scores are a column for each head, [t, topk, H]: what PyTorch packs anew for the matrix unit are the
+    # queries then, of which there are fewer than keys.
+    turned = q.transpose(1, 2)
+    if _in_two_products(q):
+        # Faster than one in float32, and good for 16 bits: the second one gives what the first one has rounded away.
         scores = torch.baddbmm(q.new_empty(()), keys, turned, beta=0, alpha=scale)
         rest = torch.baddbmm(scores, keys, turned, beta=-1, alpha=scale)
-        scores = scores.float().add_(rest).transpose(1, 2).contiguous()
+        scores = scores.float().add_(rest)
     else:
         keys = keys.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
-        scores = torch.bmm(q.to(keys.dtype), keys.transpose(1, 2)).mul_(scale)
+        scores = torch.bmm(keys, turned.to(keys.dtype)).mul_(scale)
     if hidden is not None:
-        scores.masked_fill_(hidden[:, None], _NO_KEY)
-    most = scores.amax(-1)
-    weights = scores.softmax(-1)
-    # exp(most - lse), without another pass over exponentials
-    lse = most - weights.amax(-1).log_()
+        scores.masked_fill_(hidden[..., None], _NO_KEY)
+    # In place: softmax and logsumexp would each make a matrix of their own, and take their exponentials twice.
+    most = scores.amax(1)
+    weights = scores.sub_(most[:, None]).exp_()
+    total = weights.sum(1)
+    lse = total.log().add_(most)
+    weights.mul_(total.reciprocal_()[:, None])
     if hidden is not None:
         blind = hidden.all(-1)[:, None]
         weights.masked_fill_(blind[..., None], 0)
         lse.masked_fill_(blind, _NO_KEY)
     # All columns of the keys, though the last ones are no value: with a part of each row the product takes longer.
-    return torch.bmm(weights.to(keys.dtype), keys), lse, most
+    return torch.bmm(weights.to(keys.dtype).transpose(1, 2), keys), lse, most
 
 
 @functools.lru_cache(maxsize=1)
