@@ -21,7 +21,8 @@ FORMS = (None, "absorbed", "expanded")
 EXPANSION_BYTES = 256 << 20
 # On a CPU a few heads are expanded at a time: the C library maps large buffers anew at every allocation, and the page
 # faults cost more than the products (measured: R1's kv_b_proj over 1472 tokens takes 54 ms into a new buffer, 23 into
-# an old one; of 8, 16 and 24 MB, 8 was the fastest).
+# an old one; of 8, 16 and 24 MB, 8 was the fastest). All heads of a layer at once save a copy of their results, which
+# is worth twice that (12 MB of 16 heads over 1472 tokens: 4 % of the step).
 CPU_BUFFER_BYTES = 8 << 20
 
 # Bytes of a block table with a row per token.
@@ -68,6 +69,10 @@ class Chunk:
     segments: tuple[Segment, ...]
     merged: bool
     heads: int
+
+    def one_call(self, heads: int) -> bool:
+        """Whether one mla_prefill is all that a chunk of `heads` heads takes."""
+        return len(self.segments) == 1 and self.heads == heads and not self.merged
 
 
 @dataclass(frozen=True)
@@ -223,7 +228,9 @@ def _heads_at_once(step: Step, keys: int) -> int:
     if step.cache.device.type != "cpu":
         return cfg.num_heads
     per_head = keys * (cfg.qk_nope_head_dim + cfg.v_head_dim) * step.cache.dtype.itemsize
-    return min(cfg.num_heads, max(1, CPU_BUFFER_BYTES // per_head))
+    if cfg.num_heads * per_head <= 2 * CPU_BUFFER_BYTES:
+        return cfg.num_heads
+    return max(1, CPU_BUFFER_BYTES // per_head)
 
 
 def _bounds(step: Step, bounds: list[int]) -> torch.Tensor:

@@ -216,6 +216,8 @@ class MLA(nn.Module):
         cfg = self.cfg
         if plan.expanded is None and len(plan.absorbed) == 1:
             return self._absorbed(q_nope, q_pe, step, plan.absorbed[0])
+        if not plan.absorbed:
+            return self._expanded(q, step, plan)
         out = torch.empty(len(q), cfg.num_heads, cfg.v_head_dim, dtype=q.dtype, device=q.device)
         for group in plan.absorbed:
             out[group.tokens] = self._absorbed(q_nope[group.tokens], q_pe[group.tokens], step, group)
@@ -223,9 +225,7 @@ class MLA(nn.Module):
             if isinstance(plan.expanded, slice):
                 self._expanded(q[plan.expanded], step, plan, out[plan.expanded])
             else:
-                part = torch.empty(len(plan.expanded), *out.shape[1:], dtype=q.dtype, device=q.device)
-                self._expanded(q[plan.expanded], step, plan, part)
-                out[plan.expanded] = part
+                out[plan.expanded] = self._expanded(q[plan.expanded], step, plan)
         return out
 
     def _absorbed(self, q_nope, q_pe, step: Step, group: AbsorbedGroup) -> torch.Tensor:
@@ -251,9 +251,14 @@ class MLA(nn.Module):
         torch.bmm(values, w_uv, out=out.transpose(0, 1))
         return out
 
-    def _expanded(self, q: torch.Tensor, step: Step, plan: Plan, out: torch.Tensor) -> None:
-        """q `[Te, H, Dqk]`, rotated -> `out` `[Te, H, Dv]`, chunk by chunk; pieces of a request are merged by lse."""
+    def _expanded(self, q, step: Step, plan: Plan, out: torch.Tensor | None = None) -> torch.Tensor:
+        """q `[Te, H, Dqk]`, rotated -> `[Te, H, Dv]`, in `out` where there is one, chunk by chunk; pieces of a request
+        are merged by lse."""
         cfg = self.cfg
+        # One call for all: what it makes is the result.
+        whole = out is None and len(plan.chunks) == 1 and plan.chunks[0].one_call(cfg.num_heads)
+        if out is None and not whole:
+            out = torch.empty(len(q), cfg.num_heads, cfg.v_head_dim, dtype=q.dtype, device=q.device)
         merged = lse = None
         if any(chunk.merged for chunk in plan.chunks):
             merged = torch.zeros(out.shape, dtype=torch.promote_types(out.dtype, torch.float32), device=out.device)
@@ -271,10 +276,13 @@ class MLA(nn.Module):
                     part, part_lse = ops.mla_prefill(
                         q[at], k, v, *bounds, cfg.softmax_scale, segment.causal, want_lse=chunk.merged
                     )
+                    if whole:
+                        return part
                     if chunk.merged:
                         part, lse[at] = merge(merged[at], lse[at], part, part_lse.transpose(0, 1))
                         merged[at] = part
                     out[at] = part  # of a request in pieces, the last one writes the final value
+        return out
 
     def _expand(self, latent: torch.Tensor, pe: torch.Tensor, heads: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """latent `[Tk, C]`, pe `[Tk, R]` -> k `[Tk, heads, Dqk]`, v `[Tk, heads, Dv]` of some heads."""

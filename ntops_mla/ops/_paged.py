@@ -22,8 +22,10 @@ _LENGTH_UNIT = 128
 # Rows of a request that PyTorch's CPU kernel gives to one thread, and keys that are worth a thread of their own.
 _THREAD_ROWS = 32
 _THREAD_KEYS = 512
-# Keys of a span for each row of its requests, at least: fewer cost more in merging than the caches bring.
+# Keys of a span for each row of its requests, at least, and where that ends: fewer cost more in merging than the caches
+# bring.
 _KEYS_PER_ROW = 8
+_SPAN_KEYS = 1 << 17
 # Tokens of a causal run that share one call, and elements of one mask. Fewer tokens gather less work
 # above the diagonal, more give longer products.
 _CAUSAL_TOKENS = 128
@@ -114,7 +116,7 @@ class _Cut(NamedTuple):
     @classmethod
     def of(cls, longest: int, requests: int, rows: int, room: int, threads: int) -> _Cut:
         """For requests of up to `longest` keys and `rows` each: at most `room` keys at once, if they are not few."""
-        count = max(1, -(-longest // max(room // requests, _KEYS_PER_ROW * rows)))
+        count = max(1, -(-longest // max(room // requests, min(_KEYS_PER_ROW * rows, _SPAN_KEYS))))
         splits = max(1, min(threads // requests, longest // count // _THREAD_KEYS))
         tile = _KEY_TILE * splits
         span = max(1, -(-longest // count // tile)) * tile

@@ -86,36 +86,41 @@ def _look(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, want_lse):
 def _reference(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, want_lse):
     starts = _bounds("cu_seqlens_q", cu_seqlens_q, q.shape[0])
     key_starts = _bounds("cu_seqlens_k", cu_seqlens_k, k.shape[0])
-    out = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device)
-    lse = torch.full((q.shape[1], q.shape[0]), float("-inf"), dtype=torch.float32, device=q.device)
+    out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device)
+    lse = torch.empty((q.shape[1], q.shape[0]) if want_lse else 0, dtype=torch.float32, device=q.device)
     if q.shape[1] == 0:  # PyTorch's CPU kernel divides by the number of heads
-        return out, lse if want_lse else lse.new_empty(0)
+        return out, lse
     # [1, H, tokens, D]
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     for b in range(len(starts) - 1):
         key = key_starts[b]
         past = key_starts[b + 1] - key - (starts[b + 1] - starts[b])
         for start, end, seen, mode in _blocks(starts[b], starts[b + 1], key_starts[b + 1] - key, past, causal):
-            keys = slice(key, key + seen)
-            mask = _diagonal(end - start, seen, q) if mode == "mask" else None
-            square = mode == "square"
-            some = q[:, :, start:end], k[:, :, keys], v[:, :, keys]
-            part, part_lse = attend(*some, softmax_scale, mask, square, exact_lse=want_lse)
-            out[start:end] = part[0].transpose(0, 1)
-            lse[:, start:end] = part_lse[0]
-    return out, lse if want_lse else lse.new_empty(0)
+            if mode == "blind":
+                part, part_lse = out.new_zeros(()), lse.new_tensor(float("-inf"))
+            else:
+                keys = slice(key, key + seen)
+                mask = _diagonal(end - start, seen, q) if mode == "mask" else None
+                some = q[:, :, start:end], k[:, :, keys], v[:, :, keys]
+                part, part_lse = attend(*some, softmax_scale, mask, mode == "square", exact_lse=want_lse)
+                part, part_lse = part[0].transpose(0, 1), part_lse[0]
+            out[start:end] = part
+            if want_lse:
+                lse[:, start:end] = part_lse
+    return out, lse
 
 
 def _blocks(start: int, end: int, keys: int, past: int, causal: bool):
-    """(first row, end row, keys seen, full | square | mask) of the calls that cover a request's rows with a key."""
-    if causal and past < 0:
-        start, past = start - past, 0  # the first rows lie above the diagonal and see nothing
-    if start >= end or keys == 0:
+    """(first row, end row, keys seen, blind | full | square | mask) of the calls that cover a request's rows."""
+    blind = end if keys == 0 else start - min(past, 0) if causal else start
+    if blind > start:  # rows above the diagonal, or of a request without keys
+        yield start, blind, 0, "blind"
+    if blind == end:
         return
     if not causal:
         yield start, end, keys, "full"
-    elif past == 0:
-        yield start, end, keys, "square"
+    elif past <= 0:
+        yield blind, end, keys, "square"
     else:
         rows = max(_LEAST_MASKED_ROWS, min(_MASKED_ROWS, _MASK_ELEMENTS // keys))
         for row in range(start, end, rows):
