@@ -15,5 +15,8 @@ status=0
 "$python" -m ruff check --quiet . || status=1
 # A file stays with one worker, since fixtures of whole files are dear; more than four workers only wait for each other.
 workers=$("$python" -c 'import os; print(min(4, os.cpu_count() or 1))')
+# Threads of several workers on one processor wait for each other: three times as long.
+threads=$("$python" -c "import os; print(max(1, (os.cpu_count() or 1) // $workers))")
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
 "$python" -m pytest -q --durations=10 -n "$workers" --dist loadfile || status=$?
 exit "$status"
