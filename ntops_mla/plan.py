@@ -72,7 +72,7 @@ class Chunk:
 
     def one_call(self, heads: int) -> bool:
         """Whether one mla_prefill is all that a chunk of `heads` heads takes."""
-        return len(self.segments) == 1 and self.heads == heads and not self.merged
+        return len(self.segments) == 1 and self.heads == heads
 
 
 @dataclass(frozen=True)

@@ -199,6 +199,20 @@ class Theirs:
 MIXED = [(0, 5), (130, 1), (0, 1), (7, 70), (16, 16), (65, 3), (15, 1), (0, 33)]
 
 
+@pytest.mark.parametrize("limit, calls", [(1, 7), (2, 4), (3, 3), (4, 1)])
+def test_a_few_heads_at_a_time_on_a_cpu(monkeypatch, limit, calls):
+    """As many as fit, and all of them where they are no more than twice that; never a head twice, none left out."""
+    mla = layer(num_attention_heads=7, num_key_value_heads=7)
+    cfg = mla.cfg
+    histories, xs = batch(mla, [(5, 9), (0, 11)])
+    monkeypatch.setattr(plan, "CPU_BUFFER_BYTES", limit * 25 * (cfg.qk_nope_head_dim + cfg.v_head_dim) * 4)
+    ran = []
+    prefill = ops.mla_prefill
+    monkeypatch.setattr(ops, "mla_prefill", lambda *args, **kw: ran.append(args[0]) or prefill(*args, **kw))
+    assert_same(run_filled(mla, histories, xs, "expanded"), exact(mla, histories, xs))
+    assert len(ran) == calls
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("model", MODELS)
 def test_equals_transformers_and_float64_in_float32(model, form):

@@ -264,10 +264,40 @@ def test_scores_are_not_rounded_to_two_bytes(dtype):
 @pytest.mark.parametrize("exact", [True, False], ids=["two products", "float32"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("lengths", [None, [30, 7, 0, 40, 19, 1]], ids=["all", "lengths"])
-def test_on_cpus_of_both_kinds(monkeypatch, exact, dtype, lengths):
-    """Whether bfloat16 products add in float32 or not."""
+@pytest.mark.parametrize("heads", [4, 40])
+def test_on_cpus_of_both_kinds(monkeypatch, heads, exact, dtype, lengths):
+    """Whether bfloat16 products add in float32 or not; of more heads also where nobody asks for the largest score."""
     monkeypatch.setattr(SPARSE, "_adds_before_it_rounds", lambda: exact and _ADDS())
-    check_sparse(sparse_inputs([40, 7, 0, 40, 3, 1], 40, lengths=lengths, dtype=dtype))
+    ran = []
+    attend = SPARSE._attend
+    monkeypatch.setattr(SPARSE, "_attend", lambda *args: ran.append(args) or attend(*args))
+    check_sparse(sparse_inputs([40, 7, 0, 40, 3, 1], 40, lengths=lengths, heads=heads, dtype=dtype))
+    assert len(ran) == (2 if exact and _ADDS() and heads == 40 and dtype == torch.bfloat16 else 1)
+
+
+@pytest.mark.parametrize("scale", [0.0, 5e-46, -0.0])
+@pytest.mark.parametrize("heads", [16, 64])
+def test_a_scale_of_nothing(heads, scale):
+    """PyTorch's product in bfloat16 leaves what it was given where its factor is 0."""
+    torch.empty(1 << 22, dtype=torch.bfloat16).fill_(float("nan"))
+    args = list(sparse_inputs([40, 7, 0, 40], 40, heads=heads, dtype=torch.bfloat16))
+    args[5] = scale
+    check_sparse(args)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+@pytest.mark.parametrize("heads", [16, 64])
+def test_a_small_lse(heads, dtype):
+    """Of two keys, and of many with scores below 0: as exact as any."""
+    args = list(sparse_inputs([2] * 30, 2, heads=heads, dtype=dtype))
+    args[5] = 0.2
+    check_sparse(args)
+    q_nope, q_pe, kv, pe, indices, _, lengths = sparse_inputs([60] * 30, 60, heads=heads, dtype=dtype)
+    for q in (q_nope, q_pe):
+        q.zero_()
+    q_nope[..., 0] = 1
+    kv[..., 0] = -4.1  # log(60)
+    check_sparse((q_nope, q_pe, kv, pe, indices, 1.0, lengths))
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 4])

@@ -21,11 +21,13 @@ def attend(
     causal: bool = False,
     exact_lse: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(scale q k^T + mask) v -> (out `[B, H, Lq, Dv]` of q's dtype, lse float32 `[B, H, Lq]`, natural log).
+    """softmax(scale q k^T + mask) v -> (out `[B, H, Lq, Dv]` of q's dtype, lse `[B, H, Lq]`, natural log, in float32 or
+    float64).
 
     q `[B, H, Lq, D]`, k `[B, H, Lk, D]`, v `[B, H, Lk, Dv]`, Lq and Lk at least 1 (PyTorch's CPU kernel divides by
     them); mask additive, broadcast to `[B, H, Lq, Lk]`; causal: square, row i sees the first i + 1 keys. A row without
-    any visible key gives NaN: the caller replaces it. exact_lse False: where nobody reads the lse.
+    any visible key gives NaN: the caller replaces it. exact_lse False: small ones are left as PyTorch's kernel gives
+    them, where nobody reads the lse or the caller mends it.
     """
     if q.device.type == "cpu":
         # The kernel behind scaled_dot_product_attention, which has the lse and wants one width for all three. Zero
@@ -35,15 +37,15 @@ def attend(
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             widen(q, width), widen(k, width), _over(v, width), 0.0, causal, attn_mask=mask, scale=scale
         )
-        lse = lse.float()
+        lse = lse if lse.dtype == torch.float64 else lse.float()
         if exact_lse and may_be_inexact(lse, q):
-            _sharpen(lse, q, k, scale, mask, causal)
+            sharpen(lse, q, k, scale, mask, causal)
         return out[..., : v.shape[-1]], lse
     return _attend_by_rows(q, k, v, scale, mask, causal)
 
 
 def may_be_inexact(lse: torch.Tensor, q: torch.Tensor) -> bool:
-    """Whether there may be small ones in an lse of these queries which `attend` was not asked to compute exactly."""
+    """Whether there may be small ones in the lse of these queries, which are not exact as the kernel gives them."""
     if q.device.type != "cpu" or q.element_size() != 2:
         return False
     low, high = lse.aminmax()  # NaN if one is: then there may be
@@ -55,8 +57,10 @@ def is_small(lse: torch.Tensor) -> torch.Tensor:
     return lse.abs() < _SMALL_LSE
 
 
-def _sharpen(lse, q, k, scale, mask, causal):
-    """Compute the small ones of `lse` `[B, H, Lq]` anew, in place."""
+def sharpen(
+    lse: torch.Tensor, q: torch.Tensor, k: torch.Tensor, scale: float, mask: torch.Tensor | None, causal: bool = False
+) -> None:
+    """Compute the small ones of `attend`'s lse `[B, H, Lq]` anew, in place."""
     small = is_small(lse)
     if not small.any():
         return
@@ -78,8 +82,8 @@ def _sharpen(lse, q, k, scale, mask, causal):
         lse[place] = torch.where(small[place], exact, old)
 
 
-def exact_lse(q: torch.Tensor, k: torch.Tensor, scale: float, mask: torch.Tensor) -> torch.Tensor:
-    """`attend`'s lse by products in float32; mask `[B, 1, 1 or Lq, Lk]`."""
+def lse_in_float32(q: torch.Tensor, k: torch.Tensor, scale: float, mask: torch.Tensor) -> torch.Tensor:
+    """All of `attend`'s lse by products in float32; mask `[B, 1, 1 or Lq, Lk]`."""
     kt = k.float().transpose(-1, -2)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     step = max(1, _SCORE_ELEMENTS // (k.shape[0] * k.shape[1] * k.shape[2]))
@@ -100,7 +104,7 @@ def _attend_by_rows(q, k, v, scale, mask, causal):
     batch, heads, rows, _ = q.shape
     keys = k.shape[-2]
     out = torch.empty(batch, heads, rows, v.shape[-1], dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=q.device)
+    lse = torch.empty(batch, heads, rows, dtype=wide, device=q.device)
     step = max(1, _SCORE_ELEMENTS // (batch * heads * keys))
     position = torch.arange(keys, device=q.device)
     for start in range(0, rows, step):
@@ -136,7 +140,8 @@ def widen(x: torch.Tensor, width: int) -> torch.Tensor:
 def merge(
     out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax over the union of two disjoint sets of keys: out `[..., D]`, float32, and lse `[...]` of each -> of both.
+    """Softmax over the union of two disjoint sets of keys: out `[..., D]` and lse `[...]` of each -> of both, in lse's
+    dtype.
 
     lse' = log(exp(lse_a) + exp(lse_b)), out' = out_a exp(lse_a - lse') + out_b exp(lse_b - lse'). An lse of -inf merges
     as nothing; both -inf give out 0 and lse -inf. Source: arXiv 2205.14135, section 3.1.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ntops_mla.ops._attention import attend, exact_lse, is_small, may_be_inexact, merge
+from ntops_mla.ops._attention import attend, is_small, lse_in_float32, may_be_inexact, merge
 from ntops_mla.ops._rows import Rows, at_once, joined
 
 _NO_KEY = float("-inf")
@@ -16,7 +16,7 @@ _LEAST = -1e30
 
 # Keys in whole tiles: PyTorch's CPU kernel takes a third longer for 500 keys than for 512.
 _KEY_TILE = 32
-# Requests go together whose lengths in this unit are alike: the same up to 4, then within a quarter. What is more to
+# Requests go together whose lengths in this unit are alike: the same up to 8, then within a quarter. What is more to
 # multiply costs less than calls of few requests, which leave threads idle.
 _LENGTH_UNIT = 128
 # Rows of a request that PyTorch's CPU kernel gives to one thread, and keys that are worth a thread of their own.
@@ -48,7 +48,7 @@ def attend_paged(
     """mla_decode in PyTorch, over any cache of rows, for the op of that name."""
     batch, s_q, heads, latent = q_nope.shape
     if batch == 0 or s_q == 0 or heads == 0:
-        return torch.empty_like(q_nope), torch.empty(batch, heads, s_q, dtype=torch.float32, device=q_nope.device)
+        return torch.empty(q_nope.shape, dtype=q_nope.dtype, device=q_nope.device), _empty_lse(q_nope)
     lengths = seq_lens.tolist()
     if min(lengths) < 0:
         raise ValueError(f"{op}: seq_lens must not be negative, got {min(lengths)}")
@@ -58,6 +58,8 @@ def attend_paged(
             f"{op}: seq_lens reach {max(lengths)} tokens, {most} pages, "
             f"but block_table has {block_table.shape[1]} columns"
         )
+    if most and not cache.count:
+        raise ValueError(f"{op}: seq_lens must be 0 for a cache without pages, got {max(lengths)}")
     order = sorted(range(batch), key=lengths.__getitem__)
     in_order = order == list(range(batch))
     q = joined(q_nope, q_pe)
@@ -71,17 +73,22 @@ def attend_paged(
     calls = list(_calls(q, lengths))
     parts = [_attend_requests(q[rows], requests, rows, heads, softmax_scale, cut) for rows, cut in calls]
     # [B, 1, s_q H, C], [B, 1, s_q H]
-    out = torch.cat([part[..., :latent] for part, _ in parts])
-    lse = torch.cat([part for _, part in parts])
-    if may_be_inexact(lse, q):
+    sorted_out = torch.cat([part[..., :latent] for part, _ in parts])
+    sorted_lse = torch.cat([part for _, part in parts])
+    if may_be_inexact(sorted_lse, q):
         for rows, cut in calls:
-            _sharpen(lse[rows], q[rows], requests, rows, heads, softmax_scale, cut)
+            if not requests.sharp(cut):
+                _sharpen(sorted_lse[rows], q[rows], requests, rows, heads, softmax_scale, cut)
     if not in_order:
         inverse = torch.tensor(sorted(range(batch), key=order.__getitem__), device=q.device)
-        out, lse = out.index_select(0, inverse), lse.index_select(0, inverse)
-    # A clone: one head or token would be contiguous with the strides of the other order.
-    lse = lse.view(batch, s_q, heads).transpose(1, 2).clone(memory_format=torch.contiguous_format)
-    return out.view(q_nope.shape), lse
+        sorted_out, sorted_lse = sorted_out.index_select(0, inverse), sorted_lse.index_select(0, inverse)
+    lse = _empty_lse(q_nope).copy_(sorted_lse.view(batch, s_q, heads).transpose(1, 2))
+    return sorted_out.view(q_nope.shape), lse
+
+
+def _empty_lse(q_nope):
+    batch, s_q, heads, _ = q_nope.shape
+    return torch.empty(batch, heads, s_q, dtype=torch.float32, device=q_nope.device)
 
 
 def _calls(q, lengths):
@@ -113,6 +120,11 @@ class _Cut(NamedTuple):
     splits: int
     tile: int  # what the keys of a call are a multiple of
 
+    @property
+    def whole(self) -> bool:
+        """All keys at once."""
+        return len(self.spans) == self.splits == 1
+
     @classmethod
     def of(cls, longest: int, requests: int, rows: int, room: int, threads: int) -> _Cut:
         """For requests of up to `longest` keys and `rows` each: at most `room` keys at once, if they are not few."""
@@ -132,29 +144,38 @@ class _Requests:
         self._s_q, self._causal = s_q, causal and s_q > 1
         self._op, self._cache, self._page_size = op, cache, page_size
         self._table, self._seq_lens, self._dtype = block_table, seq_lens[:, None], dtype
-        self._covered, self._slots, self._mask = slice(0, 0), None, None
+        self._covered, self._first, self._slots, self._mask = slice(0, 0), 0, None, None
 
-    def cover(self, rows, width):
-        """Have the slots of these requests' first `width` keys at hand, and of all that follow, while they are few."""
-        if self._covered.start <= rows.start and rows.stop <= self._covered.stop and width <= self._slots.shape[1]:
-            return
+    def sharp(self, cut):
+        """Whether the lse of a call is exact as it comes: that of a causal run, of which few rows are small, where all
+        its keys are at hand."""
+        return self._causal and cut.whole
+
+    def cover(self, rows, start, stop):
+        """Have the slots of these requests' keys from `start` to `stop` at hand; while they are few, those of all keys,
+        and of all requests that follow."""
+        covered, first = self._covered, self._first
+        if covered.start <= rows.start and rows.stop <= covered.stop and first <= start:
+            if stop <= first + self._slots.shape[1]:
+                return
         rest = slice(rows.start, len(self._lengths))
-        longest = max(width, -(-self._lengths[-1] // _KEY_TILE) * _KEY_TILE)
+        longest = max(stop, -(-self._lengths[-1] // _KEY_TILE) * _KEY_TILE)
         if (rest.stop - rest.start) * longest <= _SHARED_ELEMENTS:
-            rows, width = rest, longest
+            rows, start, stop = rest, 0, longest
         lengths, shift = self._seq_lens[rows], self._page_size.bit_length() - 1
-        key = torch.arange(width, device=lengths.device)
+        key = torch.arange(start, stop, device=lengths.device)
         # Behind a request's last key comes the last key again: what the cache holds there may be NaN, and 0 x NaN is
         # NaN, and the table's entry may be no page. (Shifts: a quotient of integers takes PyTorch six times as long.)
         position = torch.minimum(key, lengths - 1)
         page = self._table[rows].long().gather(1, position >> shift)
         self._slots = (page << shift) + (position & (self._page_size - 1))
         self._mask = None if self._causal else self._hide(key >= lengths)[:, None, None]
-        self._covered = rows
+        self._covered, self._first = rows, start
 
     def keys(self, rows, start, stop):
-        """`[G, stop - start, C + R]` of covered requests."""
-        slots = self._slots[self._within(rows), start:stop]
+        """`[G, stop - start, C + R]`."""
+        self.cover(rows, start, stop)
+        slots = self._slots[self._within(rows), start - self._first : stop - self._first]
         try:
             return self._cache.gather(slots.reshape(-1)).view(*slots.shape, -1)
         except IndexError as error:
@@ -173,7 +194,9 @@ class _Requests:
         """
         shortest, longest = self._lengths[rows.start], self._lengths[rows.stop - 1]
         if not self._causal:
-            yield slice(None), stop - start, self._mask[self._within(rows), ..., start:stop], shortest - start
+            self.cover(rows, start, stop)
+            mask = self._mask[self._within(rows), ..., start - self._first : stop - self._first]
+            yield slice(None), stop - start, mask, shortest - start
             return
         room = _MASK_ELEMENTS // ((rows.stop - rows.start) * heads * (stop - start))
         some = max(1, min(_CAUSAL_TOKENS, room))
@@ -201,7 +224,6 @@ def _attend_requests(q, requests, rows, heads, scale, cut):
     """Requests of similar length: q `[G, 1, s_q H, D]` -> out `[G, 1, s_q H, D]` of q's dtype, lse `[G, 1, s_q H]`."""
     if not cut.spans:
         return torch.zeros_like(q), torch.full(q.shape[:3], _NO_KEY, dtype=torch.float32, device=q.device)
-    requests.cover(rows, cut.spans[-1][1])
     out = lse = None
     for start, stop in cut.spans:
         part, part_lse = _attend_span(q, requests, rows, heads, scale, start, stop, cut)
@@ -214,26 +236,27 @@ def _attend_span(q, requests, rows, heads, scale, start, stop, cut):
     k = requests.keys(rows, start, stop)
     out = lse = None
     for some, seen, mask, fewest in requests.blocks(rows, start, stop, heads, cut.tile):
-        part, part_lse = _attend_keys(q[:, :, some], k[:, :seen], scale, mask, fewest, cut.splits)
+        some_q, sharp = q[:, :, some], requests.sharp(cut)
+        part, part_lse = _attend_keys(some_q, k[:, :seen], scale, mask, fewest, cut.splits, sharp)
         if part.shape == q.shape:
             return part, part_lse
         if out is None:
             out = torch.zeros(q.shape, dtype=part.dtype, device=q.device)
-            lse = torch.full(q.shape[:3], _NO_KEY, dtype=torch.float32, device=q.device)
+            lse = torch.full(q.shape[:3], _NO_KEY, dtype=part_lse.dtype, device=q.device)
         out[:, :, some], lse[:, :, some] = part, part_lse
     return out, lse
 
 
-def _attend_keys(q, k, scale, mask, fewest, splits):
+def _attend_keys(q, k, scale, mask, fewest, splits, sharp):
     """q `[G, 1, rows, D]`, k `[G, keys, D]`, mask `[G, 1, 1 or rows, keys]` -> out `[G, 1, rows, D]`, lse `[G, 1,
-    rows]`, inexact where it is small. Each row sees at least `fewest` keys, the first ones."""
+    rows]`, where it is small exact only if `sharp`. Each row sees at least `fewest` keys, the first ones."""
     # The splits are attend's heads, and the heads and s_q's tokens its rows: one row of the mask may serve them all.
     if splits == 1:
         k = k[:, None]
     else:
         q, k = q.expand(-1, splits, -1, -1), k.unflatten(1, (splits, -1))
         mask = mask.unflatten(3, (splits, -1)).squeeze(1).transpose(1, 2)
-    out, lse = attend(q, k, k, scale, mask, exact_lse=False)
+    out, lse = attend(q, k, k, scale, mask, exact_lse=sharp)
     if fewest <= (splits - 1) * k.shape[2]:
         blind = mask.amax(-1) == _NO_KEY
         out, lse = out.masked_fill(blind[..., None], 0), lse.masked_fill(blind, _NO_KEY)
@@ -250,12 +273,12 @@ def _sharpen(lse, q, requests, rows, heads, scale, cut):
     concerned = small.flatten(1).any(1).nonzero()[:, 0]
     if not len(concerned):
         return
-    requests.cover(rows, cut.spans[-1][1])
     exact = torch.full_like(lse, _NO_KEY)
     for start, stop in cut.spans:
-        k = requests.keys(rows, start, stop)[concerned, None]
+        k = None
         for some, seen, mask, _ in requests.blocks(rows, start, stop, heads, cut.tile):
             if small[:, :, some].any():
-                part = exact_lse(q[:, :, some][concerned], k[:, :, :seen], scale, mask[concerned])
+                k = requests.keys(rows, start, stop)[concerned, None] if k is None else k
+                part = lse_in_float32(q[:, :, some][concerned], k[:, :, :seen], scale, mask[concerned])
                 exact[concerned, :, some] = torch.logaddexp(exact[concerned, :, some], part)
-    torch.where(small, exact, lse, out=lse)
+    lse.copy_(torch.where(small, exact, lse))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -50,21 +51,27 @@ def rows_of_bytes(cache: torch.Tensor, dtype: torch.dtype) -> Rows:
 
 
 def read_rows(cache: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """cache `[pages, page_size, D]`, rows by index int64 `[n]`, page * page_size + slot: `[n, D]`, a copy."""
+    """cache `[pages, page_size, D]`, rows by index int64 `[n]`, page * page_size + slot: `[n, D]`, a copy; on a CPU
+    IndexError for one that is not there."""
     pages, page_size, width = cache.shape
     page_stride, slot_stride, column_stride = cache.stride()
     if page_size == 1:
         return cache[:, 0].index_select(0, index)
     if pages == 1:
         return cache[0].index_select(0, index)
-    steps = page_stride // slot_stride if slot_stride else 0
-    if steps >= page_size and steps * slot_stride == page_stride:
-        # Pages that lie a whole number of slots apart are one list of rows: index_select is the faster copy.
-        rows = cache.as_strided(((pages - 1) * steps + page_size, width), (slot_stride, column_stride))
-        return rows.index_select(0, index if steps == page_size else index + index // page_size * (steps - page_size))
-    if index.device.type == "cpu" and len(index) and index.min() < 0:
-        raise IndexError("an index is negative")  # which would count from the end
-    return cache[index // page_size, index % page_size]
+    if page_stride != page_size * slot_stride and index.device.type == "cpu" and len(index):
+        # Where pages lie otherwise than one behind the other, what is none may be another page's slot.
+        low, high = index.aminmax()
+        if low < 0 or high >= pages * page_size:
+            raise IndexError(f"index must be below {pages * page_size}, got {int(low)} to {int(high)}")
+    # One list of rows that begin every `unit` elements: index_select is four times as fast as an index of two parts.
+    unit = math.gcd(page_stride, slot_stride)
+    if not unit:
+        return cache[index // page_size, index % page_size]
+    count = ((pages - 1) * page_stride + (page_size - 1) * slot_stride) // unit + 1
+    if page_stride != page_size * slot_stride:
+        index = index // page_size * (page_stride // unit) + index % page_size * (slot_stride // unit)
+    return cache.as_strided((count, width), (unit, column_stride)).index_select(0, index)
 
 
 def joined(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:

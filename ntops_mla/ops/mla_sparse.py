@@ -9,7 +9,7 @@ import torch
 from ntops_mla.board import Board
 from ntops_mla.kernel import within_int32
 from ntops_mla.ops import _check
-from ntops_mla.ops._attention import attend
+from ntops_mla.ops._attention import attend, may_be_inexact, sharpen
 from ntops_mla.ops._op import register
 from ntops_mla.ops._rows import Rows, at_once, joined, rows_of
 from ntops_mla.ops._split import Made, make, needed, plan, refuse_far_slots
@@ -108,7 +108,8 @@ def attend_lists(
     indices, lengths = indices.flatten(0, 1), None if topk_length is None else topk_length.flatten()
     outs, lses, most = out.flatten(0, 1), lse.flatten(0, 1), maxima.flatten(0, 1) if want_max else None
     tokens, topk = indices.shape
-    fused = q.device.type == "cpu" and not want_max and not (q.shape[1] > _FUSED_HEADS and _in_two_products(q))
+    few = q.shape[1] <= _FUSED_HEADS
+    fused = q.device.type == "cpu" and not want_max and (few or not _in_two_products(q, softmax_scale))
     step = max(1, at_once(q, q.shape[2]) // topk)
     for first in range(0, tokens, step):
         some = slice(first, first + step)
@@ -150,9 +151,7 @@ def _gather(cache, indices, lengths):
 
 def _attend_fused(q, keys, hidden, scale):
     """out and lse of `_attend`, by PyTorch's own kernel for a CPU, which does not tell the largest score."""
-    mask = None
-    if hidden is not None:
-        mask = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, _NO_KEY)[:, None, None]
+    mask = None if hidden is None else _mask(hidden, q.dtype)
     # The heads are the rows of one head.
     out, lse = (x[:, 0] for x in attend(q[:, None], keys[:, None], keys[:, None], scale, mask))
     if hidden is not None:
@@ -161,9 +160,20 @@ def _attend_fused(q, keys, hidden, scale):
     return out, lse
 
 
-def _in_two_products(q):
-    """Whether `_attend` multiplies with matrix instructions."""
-    return q.dtype == torch.bfloat16 and q.device.type == "cpu" and _adds_before_it_rounds()
+def _mask(hidden, dtype):
+    """Additive `[t, 1, 1, topk]`."""
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, _NO_KEY)[:, None, None]
+
+
+def _in_two_products(q, scale):
+    """Whether `_attend` multiplies with matrix instructions. Not by a scale that is 0 in float32: PyTorch's baddbmm
+    leaves its result unwritten then."""
+    return (
+        q.dtype == torch.bfloat16
+        and q.device.type == "cpu"
+        and abs(scale) >= torch.finfo(torch.float32).tiny
+        and _adds_before_it_rounds()
+    )
 
 
 def _attend(q, keys, hidden, scale):
@@ -172,7 +182,8 @@ def _attend(q, keys, hidden, scale):
     # A token's scores are a column for each head, [t, topk, H]: what PyTorch packs anew for the matrix unit are the
     # queries then, of which there are fewer than keys.
     turned = q.transpose(1, 2)
-    if _in_two_products(q):
+    twice = _in_two_products(q, scale)
+    if twice:
         # Faster than one in float32, and good for 16 bits: the second one gives what the first one has rounded away.
         scores = torch.baddbmm(q.new_empty(()), keys, turned, beta=0, alpha=scale)
         rest = torch.baddbmm(scores, keys, turned, beta=-1, alpha=scale)
@@ -192,6 +203,8 @@ def _attend(q, keys, hidden, scale):
         blind = hidden.all(-1)[:, None]
         weights.masked_fill_(blind[..., None], 0)
         lse.masked_fill_(blind, _NO_KEY)
+    if twice and may_be_inexact(lse, q):
+        sharpen(lse[:, None], q[:, None], keys[:, None], scale, None if hidden is None else _mask(hidden, q.dtype))
     # All columns of the keys, though the last ones are no value: with a part of each row the product takes longer.
     return torch.bmm(weights.to(keys.dtype).transpose(1, 2), keys), lse, most
 
