@@ -50,5 +50,19 @@ def quantize_into(cache: torch.Tensor, latent: torch.Tensor, pe: torch.Tensor) -
 def dequantize(cache: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """`[..., 656]` bytes -> `[..., 576]`: scale * code in float32 and the rope columns, rounded to `dtype`."""
     codes, scales, pe = views(cache)
-    latent = codes.view(torch.float8_e4m3fn).unflatten(-1, (GROUPS, GROUP)).float() * scales[..., None]
+    latent = _wide(codes).unflatten(-1, (GROUPS, GROUP)).mul_(scales[..., None])
     return torch.cat([latent.flatten(-2).to(dtype), pe.to(dtype)], -1)
+
+
+def _wide(codes: torch.Tensor) -> torch.Tensor:
+    """Codes uint8 as float32, new."""
+    if codes.device.type != "cpu":
+        return codes.view(torch.float8_e4m3fn).float()
+    # PyTorch converts one code after the other on a CPU. As a float16 that begins with the code's bits it is the code /
+    # 256, subnormal ones too; what would be 480 is NaN.
+    low = codes & NAN
+    half = (codes.to(torch.int16) << 8).bitwise_and_(-(1 << 15)).bitwise_or_(low.to(torch.int16) << 7)
+    wide = half.view(torch.float16).float().mul_(256)
+    if low.numel() and low.amax() == NAN:
+        wide.masked_fill_(low == NAN, float("nan"))
+    return wide
