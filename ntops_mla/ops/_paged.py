@@ -71,10 +71,15 @@ def attend_paged(
         lengths = [lengths[i] for i in order]
     requests = _Requests(op, cache, page_size, block_table, seq_lens, lengths, s_q, causal, q.dtype)
     calls = list(_calls(q, lengths))
-    parts = [_attend_requests(q[rows], requests, rows, heads, softmax_scale, cut) for rows, cut in calls]
-    # [B, 1, s_q H, C], [B, 1, s_q H]
-    sorted_out = torch.cat([part[..., :latent] for part, _ in parts])
-    sorted_lse = torch.cat([part for _, part in parts])
+    # [B, 1, s_q H, C], [B, 1, s_q H]. Written call by call: results that stayed between two calls would keep the C
+    # library from using the room of the first ones again.
+    sorted_out = torch.empty(*q.shape[:3], latent, dtype=q.dtype, device=q.device)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    sorted_lse = torch.empty(q.shape[:3], dtype=wide, device=q.device)
+    for rows, cut in calls:
+        part, sorted_lse[rows] = _attend_requests(q[rows], requests, rows, heads, softmax_scale, cut)
+        sorted_out[rows] = part[..., :latent]
+        del part
     if may_be_inexact(sorted_lse, q):
         for rows, cut in calls:
             if not requests.sharp(cut):
